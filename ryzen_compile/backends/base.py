@@ -1,0 +1,37 @@
+"""What a backend promises: a name, the operators it takes, an honest answer whether it can run here, and an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ryzen_compile.program import Program
+from ryzen_compile.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Capability:
+    """``reason`` says what was found (a version, or what is missing); ``hint`` what to do about a lack, else empty."""
+
+    available: bool
+    reason: str
+    hint: str = ""
+
+
+class Backend(Protocol):
+    """``supported_ops`` names operators of the dialect as ``ryzen::rms_norm``; core ATen is taken for granted."""
+
+    name: str
+    supported_ops: frozenset[str]
+
+    def probe(self) -> Capability:
+        """Whether this backend can run on this machine; imports its libraries, raises nothing."""
+        ...
+
+    def compile(self, program: Program) -> Engine:
+        """An engine that runs ``program``, whose cache slots are filled in.
+
+        Raises ``UsageError`` for a Program without a cache and ``UnsupportedError``, by node and module path, for an
+        operator that it cannot carry.
+        """
+        ...

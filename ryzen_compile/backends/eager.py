@@ -1,0 +1,111 @@
+"""The eager backend: every operator's reference, one after another. Slow, and the oracle of everything else.
+
+Expressions over weights alone (a merged matrix, ``1 + w``) are computed once, when the Program is compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ryzen_compile import ops
+from ryzen_compile.backends.base import Capability
+from ryzen_compile.errors import UsageError
+from ryzen_compile.program import Program
+from ryzen_compile.runtime.cache import KVCache
+
+SUPPORTED = frozenset(f"ryzen::{name}" for name in ops.__all__ if name not in {"ACTIVATIONS", "activate"})
+
+
+class EagerBackend:
+    """Always available; supports the whole dialect, because the references are the dialect."""
+
+    name = "eager"
+    supported_ops = SUPPORTED
+
+    def probe(self) -> Capability:
+        return Capability(True, f"torch {torch.__version__}")
+
+    def compile(self, program: Program) -> EagerEngine:
+        return EagerEngine(program)
+
+
+class EagerEngine:
+    """An ``Engine`` over the references. Raises ``UsageError`` when ``program`` has no cache slots."""
+
+    name = "eager"
+
+    def __init__(self, program: Program) -> None:
+        if not program.slots:
+            raise UsageError("the Program has no key/value cache", hint="run insert_kv_cache, or use run_full")
+        self.spec = program.spec
+        self.slots = program.slots
+        self.all_logits = program.outputs[0].meta["val"].shape[1] != 1
+        self._program = program
+        self._constants = fold_constants(program)
+        self._inputs = [node.name for node in program.inputs]
+
+    @torch.no_grad()
+    def step(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
+        """See ``Engine.step``; the array returned is freshly allocated."""
+        new = tokens.shape[1]
+        lengths = cache.lengths[:, None]
+        total = int(cache.lengths.max()) + new
+        feeds: dict[str, Any] = {
+            "input_ids": torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)),
+            "position_ids": torch.from_numpy(lengths + np.arange(new)),
+            "attention_mask": torch.from_numpy((np.arange(total) < lengths + new).astype(np.int64)),
+        }
+        for index, (key, value) in enumerate(zip(cache.keys, cache.values, strict=True)):
+            feeds[f"past_key_values_{index}_key"] = torch.from_numpy(key)
+            feeds[f"past_key_values_{index}_value"] = torch.from_numpy(value)
+        logits, *present = _interpret(self._program, self._constants, [feeds[name] for name in self._inputs])
+        for index in range(len(self.slots)):
+            np.copyto(cache.keys[index], present[2 * index].numpy())
+            np.copyto(cache.values[index], present[2 * index + 1].numpy())
+        return logits.float().numpy()
+
+    def close(self) -> None:
+        self._constants = {}
+
+
+@torch.no_grad()
+def run_full(program: Program, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """The logits of a Program without a cache: ``input_ids`` and ``position_ids`` (B, T) int64 -> (B, T or 1, V)."""
+    if program.slots:
+        raise UsageError("the Program has a key/value cache", hint="compile it and call step")
+    feeds = {"input_ids": input_ids, "position_ids": position_ids}
+    logits: Tensor = _interpret(program, dict(program.weights), [feeds[node.name] for node in program.inputs])[0]
+    return logits
+
+
+@torch.no_grad()
+def fold_constants(program: Program) -> dict[str, Any]:
+    """Node name -> value, for all weights in use and for every expression over weights alone that the rest reads.
+
+    Interior nodes of such expressions map to None: they are done and need no value. A weight that only expressions
+    read is dropped.
+    """
+    constant: dict[fx.Node, Any] = {}
+    weights = program.weights
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in weights:
+            constant[node] = weights[node.name]
+        elif node.op == "call_function" and all(source in constant for source in node.all_input_nodes):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: constant[n])
+            constant[node] = node.target(*args, **kwargs)
+            for source in node.all_input_nodes:
+                if all(user in constant for user in source.users):
+                    constant[source] = None
+    return {node.name: value for node, value in constant.items()}
+
+
+def _interpret(program: Program, constants: dict[str, Any], arguments: list[Tensor]) -> tuple[Any, ...]:
+    """Runs the graph; values are freed after their last reader."""
+    known: dict[fx.Node, Any] = {n: constants[n.name] for n in program.graph.nodes if n.name in constants}
+    interpreter = fx.Interpreter(program.exported.graph_module, graph=program.graph)
+    result: tuple[Any, ...] = interpreter.run(*arguments, initial_env=known, enable_io_processing=False)
+    return result

@@ -1,0 +1,175 @@
+"""Attention over the cache as one GroupQueryAttention, and whatever has to happen around it.
+
+The operator appends, rotates and attends in place. On a CPU it wants a head size divisible by 8, and to rotate inside
+also one divisible by 16 with a table whose columns are divisible by 8. Other heads are padded with zeros in the graph
+(and so in the cache); other rotations happen in front of it, in RotaryEmbedding, which takes any size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ryzen_compile.backends.onnxruntime.emit import CONTRIB, Emitter
+from ryzen_compile.backends.onnxruntime.functions import full_attention
+
+HEAD_MULTIPLE = 8
+ROTARY_HEAD_MULTIPLE = 16
+ROTARY_TABLE_MULTIPLE = 8
+
+
+def padded_head_dim(d: int) -> int:
+    """The smallest head size that GroupQueryAttention takes and that holds ``d`` channels."""
+    return -(-d // HEAD_MULTIPLE) * HEAD_MULTIPLE
+
+
+def attention(
+    e: Emitter,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    sinks: ir.Value | None,
+    *,
+    scale: float,
+    window: int,
+    softcap: float,
+    causal: bool,
+) -> tuple[ir.Value, ...]:
+    """A whole sequence attending to itself: a model-local function, for Programs without a cache."""
+    kv_heads = _dim(k, 1)
+    variant = (kv_heads, _dim(q, 1) // kv_heads, scale, window, softcap, bool(causal))
+    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
+    return e.call("Attention", (*variant, len(inputs)), full_attention(*variant), inputs)
+
+
+def rotary(
+    e: Emitter, x: ir.Value, positions: ir.Value, cos: ir.Value, sin: ir.Value, *, interleaved: bool
+) -> tuple[ir.Value, ...]:
+    """``x`` (B, H, T, D) and positions (B, T), rotated by the tables (N, R)."""
+    return (_rotate(e, x, positions, cos, sin, _dim(x, 1), _dim(x, 3), interleaved),)
+
+
+def cached_attention(
+    e: Emitter,
+    q: ir.Value,
+    k: ir.Value | None,
+    v: ir.Value | None,
+    k_cache: ir.Value,
+    v_cache: ir.Value,
+    lengths: ir.Value,
+    cos: ir.Value | None,
+    sin: ir.Value | None,
+    sinks: ir.Value | None,
+    *,
+    heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    interleaved: bool,
+) -> tuple[ir.Value, ...]:
+    """``ryzen::cached_attention``: returns the output (B, T, H D'), and both caches, whose heads may be padded."""
+    kv_heads, d, d_value = _dim(k_cache, 1), _dim(k_cache, 3), _dim(v_cache, 3)
+    width = padded_head_dim(max(d, d_value))
+    tables = _tables_inside(e, cos, sin, width, interleaved)
+    rotate_before = cos is not None and sin is not None and tables is None
+    if k is None and (rotate_before or d != d_value):
+        q, k, v = e.ops("Split", q, e.ints(heads * d, kv_heads * d, kv_heads * d_value), outputs=3, axis=-1)
+    if rotate_before and cos is not None and sin is not None and k is not None:
+        positions = _positions(e, q, lengths)
+        q = _rotate(e, q, positions, cos, sin, heads, d, interleaved)
+        k = _rotate(e, k, positions, cos, sin, kv_heads, d, interleaved)
+    if k is None or v is None:
+        q = _pad(e, q, heads + 2 * kv_heads, d, width)
+    else:
+        q = _pad(e, q, heads, d, width)
+        k, v = _pad(e, k, kv_heads, d, width), _pad(e, v, kv_heads, d_value, width)
+    last, total = e.once(("lengths", lengths), lambda: _row_lengths(e, lengths))
+    attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": scale}
+    if window:
+        attributes["local_window_size"] = window
+    if softcap:
+        attributes["softcap"] = softcap
+    if tables is not None:
+        attributes |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
+    turn = tables or (None, None)
+    inputs = (q, k, v, k_cache, v_cache, last, total, *turn, None, None, sinks)
+    out, present_k, present_v = e.ops("GroupQueryAttention", *inputs, outputs=3, domain=CONTRIB, **attributes)
+    if width != d_value:
+        out = e.op("Reshape", out, e.ints(0, 0, heads, width))
+        out = e.op("Slice", out, e.ints(0), e.ints(d_value), e.ints(3))
+        out = e.op("Reshape", out, e.ints(0, 0, heads * d_value))
+    return out, present_k, present_v
+
+
+def _dim(value: ir.Value, axis: int) -> int:
+    if value.shape is None or not isinstance(value.shape[axis], int):
+        raise ValueError(f"dimension {axis} of {value.name} must be static, its shape is {value.shape}")
+    return int(value.shape[axis])
+
+
+def _tables_inside(
+    e: Emitter, cos: ir.Value | None, sin: ir.Value | None, width: int, interleaved: bool
+) -> tuple[ir.Value, ir.Value] | None:
+    """The tables with which the operator can rotate inside, or None. A narrow interleaved table is widened by
+    rotations of zero, which leave their channels alone; the half-split form pairs by the table's width, so cannot."""
+    if cos is None or sin is None or width % ROTARY_HEAD_MULTIPLE:
+        return None
+    missing = -_dim(cos, 1) % ROTARY_TABLE_MULTIPLE
+    if not missing:
+        return cos, sin
+    if not interleaved:
+        return None
+    rows = _dim(cos, 0)
+
+    def widen() -> tuple[ir.Value, ir.Value]:
+        ones, zeros = (e.constant(fill((rows, missing), np.float32)) for fill in (np.ones, np.zeros))
+        return e.op("Concat", cos, ones, axis=1), e.op("Concat", sin, zeros, axis=1)
+
+    widened: tuple[ir.Value, ir.Value] = e.once(("wide tables", cos, sin), widen)
+    return widened
+
+
+def _row_lengths(e: Emitter, lengths: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """GroupQueryAttention's own form of ``lengths`` (B,): each row's last position (B,), and the longest row, int32."""
+    narrow = e.op("Cast", lengths, to=ir.DataType.INT32)
+    last = e.op("Sub", narrow, e.constant(1, np.int32))
+    return last, e.op("ReduceMax", narrow, keepdims=0)
+
+
+def _positions(e: Emitter, x: ir.Value, lengths: ir.Value) -> ir.Value:
+    """The new tokens' positions (B, T): T comes from ``x`` (B, T, ...)."""
+
+    def build() -> ir.Value:
+        count = e.op("Shape", x, start=1, end=2)
+        ramp = e.op("Range", e.constant(0, np.int64), e.op("Squeeze", count, e.ints(0)), e.constant(1, np.int64))
+        return e.op("Add", e.op("Sub", e.op("Unsqueeze", lengths, e.ints(1)), count), ramp)
+
+    positions: ir.Value = e.once(("positions", lengths), build)
+    return positions
+
+
+def _rotate(
+    e: Emitter,
+    x: ir.Value,
+    positions: ir.Value,
+    cos: ir.Value,
+    sin: ir.Value,
+    heads: int,
+    d: int,
+    interleaved: bool,
+) -> ir.Value:
+    """``x`` (B, T, heads d) or (B, heads, T, d)."""
+    rotated = 2 * _dim(cos, 1)
+    attributes = {"interleaved": int(interleaved), "num_heads": heads}
+    if rotated != d:
+        attributes["rotary_embedding_dim"] = rotated
+    return e.op("RotaryEmbedding", x, positions, cos, sin, domain=CONTRIB, **attributes)
+
+
+def _pad(e: Emitter, x: ir.Value, heads: int, d: int, width: int) -> ir.Value:
+    """(B, T, heads d) -> (B, T, heads width), zeros behind every head."""
+    if d == width:
+        return x
+    x = e.op("Reshape", x, e.ints(0, 0, heads, d))
+    x = e.op("Pad", x, e.ints(0, 0, 0, 0, 0, 0, 0, width - d))
+    return e.op("Reshape", x, e.ints(0, 0, heads * width))

@@ -1,0 +1,84 @@
+"""Emitter: collects new ONNX nodes, for a graph or for the body of a model-local function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+CONTRIB = "com.microsoft"
+LOCAL = "ryzen"  # domain of our model-local functions, and of the dialect's nodes before they are lowered
+
+
+class Emitter:
+    """``nodes`` grows in order. ``shared`` remembers values that a graph needs once, ``functions`` bodies it calls."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+        self.functions: dict[tuple[Any, ...], ir.Function] = {}
+        self._shared: dict[tuple[Any, ...], Any] = {}
+
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """Adds a node with one result. None stands for an optional input left out."""
+        return self.ops(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
+
+    def ops(
+        self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
+    ) -> tuple[ir.Value, ...]:
+        """Adds a node with ``outputs`` results."""
+        given = list(inputs)
+        while given and given[-1] is None:
+            given.pop()
+        node = ir.node(op_type, given, attributes=attributes, domain=domain, num_outputs=outputs)
+        self.nodes.append(node)
+        return tuple(node.outputs)
+
+    def constant(self, value: Any, dtype: type = np.float32) -> ir.Value:
+        return self.op("Constant", value=ir.tensor(np.asarray(value, dtype=dtype)))
+
+    def ints(self, *values: int) -> ir.Value:
+        """A vector of int64."""
+        return self.constant(values, np.int64)
+
+    def once(self, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
+        """``build()``'s values the first time, the same ones ever after: for what all layers share."""
+        if key not in self._shared:
+            self._shared[key] = build()
+        return self._shared[key]
+
+    def drain(self) -> list[ir.Node]:
+        """The nodes collected since the last call."""
+        taken, self.nodes = self.nodes, []
+        return taken
+
+    def call(
+        self,
+        name: str,
+        variant: tuple[Any, ...],
+        body: Callable[..., tuple[ir.Value, ...]],
+        inputs: tuple[ir.Value, ...],
+        outputs: int = 1,
+    ) -> tuple[ir.Value, ...]:
+        """Calls the model-local function ``name``; each ``variant`` gets a body of its own, built once.
+
+        ``body(emitter, *parameters)`` builds it. The first variant is called ``name``, the next ``name_1``.
+        """
+        key = (name, *variant)
+        if key not in self.functions:
+            serial = sum(known[0] == name for known in self.functions)
+            self.functions[key] = _function(f"{name}_{serial}" if serial else name, body, len(inputs))
+        return self.ops(self.functions[key].name, *inputs, outputs=outputs, domain=LOCAL)
+
+
+def _function(name: str, body: Callable[..., tuple[ir.Value, ...]], arity: int) -> ir.Function:
+    emitter = Emitter()
+    parameters = [ir.Value(name=f"input_{i}") for i in range(arity)]
+    results = body(emitter, *parameters)
+    imports = {"": OPSET, CONTRIB: 1}
+    graph = ir.Graph(parameters, results, nodes=emitter.nodes, name=name, opset_imports=imports)
+    return ir.Function(LOCAL, name, graph=graph, attributes=[])
+
+
+OPSET = 21

@@ -1,0 +1,191 @@
+"""Lowering: a Program becomes an ONNX model, with the input and output names that onnxruntime-genai reads.
+
+torch.onnx translates ATen, our rules replace the dialect's nodes, and what is left over is cleaned away and folded.
+Weights stay where they are: the model's initializers refer to the Program's storage until they are written.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import onnx_ir as ir
+import torch
+from onnx_ir import convenience
+from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
+from torch.utils import _pytree as pytree
+
+from ryzen_compile.backends.onnxruntime import cleanup, fold
+from ryzen_compile.backends.onnxruntime.attention import padded_head_dim
+from ryzen_compile.backends.onnxruntime.dialect import attributes_of, tensor_arity, translation_table
+from ryzen_compile.backends.onnxruntime.emit import CONTRIB, LOCAL, OPSET, Emitter
+from ryzen_compile.backends.onnxruntime.rules import RULES
+from ryzen_compile.errors import UnsupportedError, UsageError
+from ryzen_compile.program import Program, module_path, op_name
+from ryzen_compile.spec import CacheSlot
+
+IR_VERSION = 10
+
+
+def lower(program: Program) -> ir.Model:
+    """The ONNX model of ``program``, opset 21 and ``com.microsoft`` 1; with or without a cache.
+
+    Raises ``UnsupportedError``, by operator, node and module path, for what has no translation, and ``UsageError`` when
+    the Program's outputs do not match its slots.
+    """
+    if len(program.outputs) != 1 + 2 * len(program.slots):
+        raise UsageError(f"{len(program.slots)} cache slots, but {len(program.outputs)} outputs: expected logits and pairs")
+    model = _translate(program)
+    cleanup.share_initializers(model.graph)
+    _apply_rules(model)
+    _name_interface(model.graph, program)
+    cleanup.simplify(model)
+    cleanup.keep_one_table(model.graph)
+    fold.fold_constants(model.graph)
+    cleanup.finish(model)
+    return model
+
+
+def cache_slots(slots: Sequence[CacheSlot]) -> tuple[CacheSlot, ...]:
+    """The slots as the lowered model has them: heads padded to what GroupQueryAttention takes."""
+    widths = [padded_head_dim(max(slot.head_dim, slot.value_dim)) for slot in slots]
+    return tuple(replace(s, head_dim=w, value_dim=w) for s, w in zip(slots, widths, strict=True))
+
+
+def _translate(program: Program) -> ir.Model:
+    """The Program's graph in ONNX, the dialect's operators untouched."""
+    try:
+        with _quietly():
+            onnx_program = torch.onnx.export(
+                _with_flat_calls(program.exported),
+                custom_translation_table=translation_table(),
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _unsupported(program, error) from error
+    if onnx_program is None:
+        raise UnsupportedError("torch.onnx returned no model")
+    model: ir.Model = onnx_program.model
+    model.ir_version = IR_VERSION
+    return model
+
+
+def _with_flat_calls(exported: ExportedProgram) -> ExportedProgram:
+    """Passes add inputs and outputs; torch.onnx re-traces by the calling convention, which is told of them here."""
+    signature = exported.graph_signature
+    inputs = tuple(signature.user_inputs)
+    _, in_spec = pytree.tree_flatten((inputs, {}))
+    _, out_spec = pytree.tree_flatten(tuple(signature.user_outputs))
+    return ExportedProgram(
+        root=exported.graph_module,
+        graph=exported.graph,
+        graph_signature=signature,
+        state_dict=exported.state_dict,
+        range_constraints=exported.range_constraints,
+        module_call_graph=[ModuleCallEntry("", ModuleCallSignature([], [], in_spec, out_spec))],
+        example_inputs=None,
+        constants=exported.constants,
+        verifiers=exported.verifiers,
+    )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """torch.onnx logs about packages it does without, and warns of its own deprecated calls."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def _unsupported(program: Program, error: BaseException) -> UnsupportedError:
+    """Names the node that torch.onnx could not translate."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    root = str(chain[-1]).strip().splitlines()[0]
+    translating = re.search(r"translating node %(\w+)", "\n".join(str(link) for link in chain[:-1]))
+    nodes = [n for n in program.graph.nodes if n.op == "call_function"]
+    # The re-trace may rename nodes, never operators; an operator that a decomposition produced is in no node of ours.
+    found = next((n for n in nodes if f"{n.target!r}" in root), None)
+    if found is None and translating:
+        found = next((n for n in nodes if n.name == translating.group(1)), None)
+    if found is None:
+        where = f"node {translating.group(1)}" if translating else "the graph"
+        return UnsupportedError(f"torch.onnx cannot translate {where}: {root[:300]}")
+    return UnsupportedError(
+        f"{op_name(found)} has no ONNX translation (node {found.name}, module {module_path(found) or 'unknown'})",
+        hint="compile with backend='eager', or add a pass that expresses it in core ATen",
+    )
+
+
+def _apply_rules(model: ir.Model) -> None:
+    """Replaces each node of the dialect by what its rule emits, in graph order."""
+    emitter = Emitter()
+    graph = model.graph
+    for node in list(graph):
+        if node.domain != LOCAL:
+            continue
+        missing = tensor_arity(node.op_type) - len(node.inputs)
+        results = RULES[node.op_type](emitter, *node.inputs, *[None] * missing, **attributes_of(node))
+        new = emitter.drain()
+        for made in new:
+            made.meta["node"] = node.meta.get("node")
+        graph.insert_before(node, new)
+        _replace_results(node, results)
+        graph.remove(node, safe=True)
+    for function in emitter.functions.values():
+        model.functions[function.identifier()] = function
+    model.graph.opset_imports.update({"": OPSET, CONTRIB: 1})
+
+
+def _replace_results(node: ir.Node, results: Sequence[ir.Value]) -> None:
+    for old, new in zip(node.outputs, results, strict=True):
+        name, old.name = old.name, None
+        new.name, new.type, new.shape = name, old.type, old.shape
+        convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _name_interface(graph: ir.Graph, program: Program) -> None:
+    """genai's names for inputs and outputs, words for the symbolic dimensions, and the padded cache heads."""
+    for value, node in zip(graph.inputs, program.inputs, strict=True):
+        value.name = re.sub(r"^past_key_values_(\d+)_(key|value)$", r"past_key_values.\1.\2", node.name)
+    names = ["logits"] + [f"present.{i}.{half}" for i in range(len(program.slots)) for half in ("key", "value")]
+    for value, name in zip(graph.outputs, names, strict=True):
+        value.name = name
+    words = _dimension_words(graph)
+    for value in (*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([words.get(str(d), d) if not isinstance(d, int) else d for d in value.shape])
+    for index, slot in enumerate(cache_slots(program.slots)):
+        for half in ("key", "value"):
+            past = next(v for v in graph.inputs if v.name == f"past_key_values.{index}.{half}")
+            past.shape = ir.Shape(["batch", slot.kv_heads, "capacity", slot.head_dim])
+            # Without a shared buffer, which only a caller decides, the present is longer than the past.
+            present = next(v for v in graph.outputs if v.name == f"present.{index}.{half}")
+            present.shape = ir.Shape(["batch", slot.kv_heads, "present_capacity", slot.head_dim])
+
+
+def _dimension_words(graph: ir.Graph) -> dict[str, str]:
+    """torch's symbols -> ``batch``, ``sequence``, ``total``."""
+    words: dict[str, str] = {}
+    for value in graph.inputs:
+        if value.shape is None:
+            continue
+        dims = [str(d) for d in value.shape if not isinstance(d, int)]
+        meaning = ("batch", "total") if value.name == "attention_mask" else ("batch", "sequence")
+        if value.name in {"input_ids", "position_ids", "attention_mask"}:
+            words |= {symbol: word for symbol, word in zip(dims, meaning, strict=False) if symbol not in words}
+    return words

@@ -1,0 +1,96 @@
+"""One rule per operator of the dialect: which ONNX nodes it becomes.
+
+A rule gets an emitter, the operator's tensors in the order of its schema (None where an optional one is absent) and
+its other arguments by name; it returns the results in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from ryzen_compile.backends.onnxruntime.attention import attention, cached_attention, rotary
+from ryzen_compile.backends.onnxruntime.emit import CONTRIB, Emitter
+from ryzen_compile.backends.onnxruntime.functions import activation, gated_act
+
+Values = tuple[ir.Value, ...]
+SKIP_RANKS = (2, 3)  # of the fused residual norms; any other rank is added first
+
+
+def rms_norm(e: Emitter, x: ir.Value, weight: ir.Value | None, *, eps: float, unit_offset: bool) -> Values:
+    scale = _scale(e, x, weight, unit_offset)
+    return (e.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=eps, stash_type=1),)
+
+
+def add_rms_norm(
+    e: Emitter, x: ir.Value, residual: ir.Value, weight: ir.Value | None, *, eps: float, unit_offset: bool
+) -> Values:
+    if _rank(x) not in SKIP_RANKS:
+        total = e.op("Add", x, residual)
+        return (*rms_norm(e, total, weight, eps=eps, unit_offset=unit_offset), total)
+    scale = _scale(e, x, weight, unit_offset)
+    out = e.ops("SkipSimplifiedLayerNormalization", x, residual, scale, outputs=4, domain=CONTRIB, epsilon=eps)
+    return out[0], out[3]
+
+
+def layer_norm(e: Emitter, x: ir.Value, weight: ir.Value | None, bias: ir.Value | None, *, eps: float) -> Values:
+    return (e.op("LayerNormalization", x, _scale(e, x, weight, False), bias, axis=-1, epsilon=eps),)
+
+
+def add_layer_norm(
+    e: Emitter, x: ir.Value, residual: ir.Value, weight: ir.Value | None, bias: ir.Value | None, *, eps: float
+) -> Values:
+    if _rank(x) not in SKIP_RANKS:
+        total = e.op("Add", x, residual)
+        return (*layer_norm(e, total, weight, bias, eps=eps), total)
+    scale = _scale(e, x, weight, False)
+    out = e.ops("SkipLayerNormalization", x, residual, scale, bias, outputs=4, domain=CONTRIB, epsilon=eps)
+    return out[0], out[3]
+
+
+def linear(e: Emitter, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> Values:
+    return linear_act(e, x, weight, bias, act="none")
+
+
+def linear_act(e: Emitter, x: ir.Value, weight: ir.Value, bias: ir.Value | None, *, act: str) -> Values:
+    return (activation(e, _matmul(e, x, weight), act, bias),)
+
+
+def gated_linear(e: Emitter, x: ir.Value, weight: ir.Value, *, act: str) -> Values:
+    return e.call("GatedAct", (act,), gated_act(act), (_matmul(e, x, weight),))
+
+
+RULES: dict[str, Callable[..., Values]] = {
+    "add_layer_norm": add_layer_norm,
+    "add_rms_norm": add_rms_norm,
+    "attention": attention,
+    "cached_attention": cached_attention,
+    "gated_linear": gated_linear,
+    "layer_norm": layer_norm,
+    "linear": linear,
+    "linear_act": linear_act,
+    "rms_norm": rms_norm,
+    "rotary": rotary,
+}
+
+
+def _matmul(e: Emitter, x: ir.Value, weight: ir.Value) -> ir.Value:
+    """``weight`` (N, C) is turned to (C, N); folding makes that the stored form."""
+    return e.op("MatMul", x, e.op("Transpose", weight, perm=[1, 0]))
+
+
+def _rank(x: ir.Value) -> int:
+    return len(x.shape) if x.shape is not None else 0
+
+
+def _scale(e: Emitter, x: ir.Value, weight: ir.Value | None, unit_offset: bool) -> ir.Value:
+    """The operators want a scale: ones for none, and Gemma's ``1 + w`` as an expression to fold."""
+    if weight is None:
+        if x.shape is None or not isinstance(x.shape[-1], int):
+            raise ValueError(f"the last dimension of {x.name} must be static, its shape is {x.shape}")
+        width = x.shape[-1]
+        ones: ir.Value = e.once(("ones", width), lambda: e.constant(np.ones(width)))
+        return ones
+    return e.op("Add", weight, e.constant(1.0)) if unit_offset else weight

@@ -1,0 +1,264 @@
+"""Capture: a PyTorch decoder becomes a Program.
+
+A Hugging Face model that honours the attention interface is switched, for the capture only, to an attention function
+that emits one ``ryzen::attention`` node and a mask function that returns a :class:`MaskSpec` instead of a tensor: the
+graph then holds no mask arithmetic. Everything else, and any plain ``nn.Module``, is captured as ATen and left to the
+passes. The model is handed back as it was; its weights are referred to, never copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ryzen_compile import ops
+from ryzen_compile.errors import CaptureError, ConfigError, UnsupportedError
+from ryzen_compile.mask_spec import MaskSpec, read_mask
+from ryzen_compile.program import Program, is_call, shape
+from ryzen_compile.spec import ModelSpec
+
+ATTENTION = "ryzen"
+aten = torch.ops.aten
+ASSERTIONS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
+)
+# Kept whole because one node says more than its parts, and every backend has them.
+KEPT = (
+    aten.linear.default,
+    aten.layer_norm.default,
+    aten.rms_norm.default,
+    aten.scaled_dot_product_attention.default,
+    aten.gelu.default,
+    aten.silu.default,
+    aten.softmax.int,
+    aten.matmul.default,
+)
+
+
+def capture(model: nn.Module, *, context: int | None = None) -> Program:
+    """Traces ``model`` as ``(input_ids (B, T), position_ids (B, T)) -> logits (B, T, V)``, B and T dynamic.
+
+    ``context`` is the largest number of positions; by default it is read from the model's config
+    (``max_position_embeddings``, ``n_positions``, ``block_size`` or ``context_length``). Raises ``CaptureError`` when
+    ``torch.export`` cannot trace the model, ``ConfigError`` when the context is unknown, ``UnsupportedError`` for a
+    mask that is neither causal, windowed nor full.
+    """
+    limit = context or _configured_context(model)
+    training = model.training
+    model.eval()
+    try:
+        with _attention_recorder(model) as honoured:
+            exported = _export(_wrap(model))
+    finally:
+        model.train(training)
+    spec = _read_spec(model, exported, limit)
+    provenance = {
+        "class": type(model).__name__,
+        "attention": "interface" if honoured else "aten",
+        "config_sha256": _config_digest(model),
+        "torch": torch.__version__,
+    }
+    return Program(exported, spec, provenance=provenance)
+
+
+class _WithPositions(nn.Module):
+    """The call every decoder is reduced to."""
+
+    def __init__(self, model: nn.Module, positions: bool, no_cache: bool) -> None:
+        super().__init__()
+        self.model_to_capture = model
+        self._arguments = {"use_cache": False} if no_cache else {}
+        self._positions = positions
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        arguments = dict(self._arguments)
+        if self._positions:
+            arguments["position_ids"] = position_ids
+        result = self.model_to_capture(input_ids, **arguments)
+        logits = getattr(result, "logits", result)
+        return logits[0] if isinstance(logits, tuple) else logits
+
+
+def _wrap(model: nn.Module) -> _WithPositions:
+    names = inspect.signature(model.forward).parameters
+    return _WithPositions(model, "position_ids" in names, "use_cache" in names)
+
+
+def _export(wrapped: _WithPositions) -> ExportedProgram:
+    batch, tokens = Dim("batch"), Dim("tokens")
+    ids = torch.zeros((2, 7), dtype=torch.long)  # sizes of one would be specialised to one
+    positions = torch.arange(7).repeat(2, 1)
+    dynamic = {"input_ids": {0: batch, 1: tokens}, "position_ids": {0: batch, 1: tokens}}
+    try:
+        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            wrapped(ids, positions)  # reads the masks with real tensors before anything is traced
+            exported = torch.export.export(wrapped, (ids, positions), dynamic_shapes=dynamic, strict=False)
+            return _without_assertions(exported.run_decompositions(_decompositions()))
+    except (UnsupportedError, CaptureError):
+        raise
+    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError, IndexError, AttributeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(
+            f"torch.export could not trace {type(wrapped.model_to_capture).__name__}: {first[:300]}",
+            hint="the whole trace is in this error's __cause__; data-dependent control flow is the usual reason",
+        ) from error
+
+
+def _without_assertions(exported: ExportedProgram) -> ExportedProgram:
+    """Tracing leaves checks of what it already proved; they return nothing and would only be carried along."""
+    for node in list(exported.graph.nodes):
+        if is_call(node, *ASSERTIONS):
+            exported.graph.erase_node(node)
+    exported.graph_module.recompile()
+    return exported
+
+
+def _decompositions() -> dict:
+    table = torch.export.default_decompositions()
+    for op in KEPT:
+        table.pop(op, None)
+    return table
+
+
+@contextmanager
+def _attention_recorder(model: nn.Module) -> Iterator[bool]:
+    """Switches a Hugging Face model to our attention; yields whether it honours the interface."""
+    if not (hasattr(model, "set_attn_implementation") and hasattr(model, "config")):
+        yield False
+        return
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attention_function)
+    AttentionMaskInterface.register(ATTENTION, _mask_function())
+    configs = _configs(model)
+    before = [(config, config._attn_implementation) for config in configs]
+    try:
+        try:
+            model.set_attn_implementation(ATTENTION)
+        except (ValueError, AttributeError, KeyError):
+            pass
+        honoured = model.config._attn_implementation == ATTENTION
+        if not honoured:
+            model.set_attn_implementation("eager")
+        yield honoured
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        AttentionInterface._global_mapping.pop(ATTENTION, None)
+        AttentionMaskInterface._global_mapping.pop(ATTENTION, None)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    found = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    return list(found.values())
+
+
+def _mask_function() -> Callable[..., MaskSpec]:
+    """The eager run reads each mask; the traced run, where tensors hold no values, gets the same specs in order."""
+    specs: list[MaskSpec] = []
+    replayed = iter(())
+
+    def mask(*, mask_function: Callable, local_size: int | None = None, **_: object) -> MaskSpec:
+        nonlocal replayed
+        if torch.compiler.is_exporting():
+            spec = next(replayed, None)
+            if spec is None:
+                replayed = iter(specs)
+                spec = next(replayed)
+            return spec
+        specs.append(read_mask(mask_function, local_size))
+        replayed = iter(specs)
+        return specs[-1]
+
+    return mask
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: MaskSpec | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **options: object,
+) -> tuple[Tensor, None]:
+    """The attention interface's contract: heads-first tensors in, (B, T, H, D') out, no weights."""
+    if isinstance(attention_mask, Tensor):
+        raise UnsupportedError(
+            f"{type(module).__name__} passes a mask tensor to its attention", hint="only MaskSpec masks are captured"
+        )
+    mask = attention_mask or MaskSpec(causal=bool(options.get("is_causal", getattr(module, "is_causal", True))))
+    scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
+    out = ops.attention(query, key, value, s_aux, float(scale), mask.window, float(softcap or 0.0), mask.causal)
+    return out, None
+
+
+def _configured_context(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions", "block_size", "context_length", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise ConfigError(
+        f"{type(model).__name__} does not say how many positions it has",
+        hint="pass context=N, the longest sequence (prompt plus new tokens) it may see",
+    )
+
+
+def _read_spec(model: nn.Module, exported: ExportedProgram, context: int) -> ModelSpec:
+    placeholders = {s.arg.name: s for s in exported.graph_signature.input_specs}
+    embedding = next((n for n in exported.graph.nodes if is_call(n, aten.embedding)), None)
+    logits = exported.graph.output_node().args[0][0]
+    if embedding is None or logits.meta["val"].ndim != 3:
+        raise CaptureError(
+            f"{type(model).__name__} does not look like a decoder: expected a token embedding and logits (B, T, V), "
+            f"got an output of shape {shape(logits)}" + ("" if embedding else " and no embedding")
+        )
+    table = embedding.args[0]
+    attentions = [n for n in exported.graph.nodes if is_call(n, torch.ops.ryzen.attention)]
+    q, k = (shape(attentions[0].args[0]), shape(attentions[0].args[1])) if attentions else ((0, 0, 0, 0), (0, 0, 0, 0))
+    sizes = {t.data_ptr(): t.numel() for t in model.parameters()}
+    head = next((n for n in reversed(list(exported.graph.nodes)) if is_call(n, aten.linear)), None)
+    return ModelSpec(
+        layers=len(attentions),
+        heads=int(q[1]),
+        kv_heads=int(k[1]),
+        head_dim=int(q[3]),
+        hidden=int(shape(table)[1]),
+        vocab=int(logits.meta["val"].shape[2]),
+        context=context,
+        tied=head is not None and _same_weight(exported, placeholders, table, head.args[1]),
+        parameters=sum(sizes.values()),
+        architecture=str(getattr(getattr(model, "config", None), "model_type", type(model).__name__)),
+    )
+
+
+def _same_weight(exported: ExportedProgram, specs: dict, a: torch.fx.Node, b: torch.fx.Node) -> bool:
+    if a is b:
+        return True
+    state = exported.state_dict
+    pair = [state.get(specs[n.name].target) if n.name in specs else None for n in (a, b)]
+    return pair[0] is not None and pair[1] is not None and pair[0].data_ptr() == pair[1].data_ptr()
+
+
+def _config_digest(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    text = config.to_json_string(use_diff=False) if hasattr(config, "to_json_string") else repr(config)
+    return hashlib.sha256(text.encode()).hexdigest()
+

@@ -1,0 +1,29 @@
+"""Where output goes: results on stdout, progress and logs on stderr, JSON when asked for.
+
+Colour appears on a terminal only, and never with ``NO_COLOR`` (rich looks at both).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+
+
+def stdout() -> Console:
+    """For results. Lines are never folded: they are for pipes as much as for people."""
+    return Console(soft_wrap=True, highlight=False)
+
+
+def stderr() -> Console:
+    """For progress and logs."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,200 @@
+"""Edit: the one way to change a Program's graph.
+
+Every node a pass adds is made here, by running the operator's shape function on its inputs' metadata, so
+``meta["val"]`` is always true and a wrong shape fails where the node is born. Provenance (module path, source line) is
+inherited from the node being replaced, and the pass's name is added to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
+from torch.fx.node import map_arg
+
+from ryzen_compile.program import WEIGHT_KINDS, Program
+from ryzen_compile.spec import CacheSlot
+
+INHERITED = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
+
+
+class Edit:
+    """Edits a copy of ``program``; ``finish`` returns the changed Program. ``by`` names the pass in provenance."""
+
+    def __init__(self, program: Program, by: str) -> None:
+        source = program.copy()
+        self._program = source
+        self._by = by
+        self.graph = source.graph
+        self._state = source.exported.state_dict
+        self._constants = source.exported.constants
+        self._signature = source.exported.graph_signature
+        self._fake = _fake_mode(self.graph)
+        self._slots = program.slots
+        self.spec = program.spec
+        self._added: dict[str, fx.Node] = {}
+        self.touched = 0
+
+    @property
+    def program(self) -> Program:
+        """The Program under edit, for reading."""
+        return self._program
+
+    @contextmanager
+    def at(self, before: fx.Node) -> Iterator[None]:
+        with self.graph.inserting_before(before):
+            yield
+
+    def call(self, target: Callable, *args: object, before: fx.Node, like: fx.Node | None = None) -> fx.Node:
+        """Adds ``target(*args)`` before ``before``; provenance comes from ``like`` (default ``before``)."""
+        overload = _overload(target)
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(overload, args)
+        values = map_arg(args, lambda n: n.meta["val"])
+        with self._fake:
+            node.meta["val"] = overload(*values)
+        self._stamp(node, like or before)
+        return node
+
+    def item(self, source: fx.Node, index: int, *, before: fx.Node) -> fx.Node:
+        """Adds ``source[index]`` for a node with several results."""
+        import operator
+
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(operator.getitem, (source, index))
+        node.meta["val"] = source.meta["val"][index]
+        self._stamp(node, source)
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Gives every reader of ``old`` the value ``new``; the old node dies unless it still has readers."""
+        self.touched += 1
+        old.replace_all_uses_with(new)
+        if not old.users and old.op == "call_function":
+            self.graph.erase_node(old)
+
+    def swap_argument(self, node: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Makes one reader read ``new`` where it read ``old``."""
+        self.touched += 1
+        node.replace_input_with(old, new)
+
+    def add_constant(self, name: str, value: Tensor) -> fx.Node:
+        """Adds a weight placeholder holding ``value``, once per tensor object; ``name`` is made unique."""
+        for known, tensor in self._state.items():
+            if tensor is value and known in self._added:
+                return self._added[known]
+        unique = name
+        serial = 0
+        taken = {n.name for n in self.graph.nodes}
+        while unique in taken or unique in self._state:
+            serial += 1
+            unique = f"{name}_{serial}"
+        node = self._placeholder(unique, self._fake.from_tensor(value), before=self._first_user_input())
+        self._state[unique] = value
+        self._added[unique] = node
+        specs = self._signature.input_specs
+        index = sum(spec.kind in WEIGHT_KINDS for spec in specs)
+        specs.insert(index, InputSpec(InputKind.BUFFER, TensorArgument(unique), unique, persistent=True))
+        return node
+
+    def add_input(self, name: str, value: Tensor) -> fx.Node:
+        """Adds a user input after the existing ones; ``value`` is a tensor made by ``fake_input``."""
+        last = self._program.inputs[-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        node.meta["rewritten_by"] = self._by
+        self._signature.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
+        return node
+
+    def add_output(self, node: fx.Node) -> None:
+        output = self.graph.output_node()
+        output.args = ((*output.args[0], node),)
+        self._signature.output_specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None))
+
+    def set_output(self, index: int, node: fx.Node) -> None:
+        output = self.graph.output_node()
+        results = list(output.args[0])
+        results[index] = node
+        output.args = (tuple(results),)
+        self._signature.output_specs[index] = OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
+        self.touched += 1
+
+    def remove_input(self, node: fx.Node) -> None:
+        """Removes a user input or weight that nothing reads."""
+        specs = self._signature.input_specs
+        index = next(i for i, spec in enumerate(specs) if spec.arg.name == node.name)
+        spec = specs.pop(index)
+        if spec.kind in WEIGHT_KINDS and not any(other.target == spec.target for other in specs):
+            self._state.pop(spec.target, None)
+            self._constants.pop(spec.target, None)
+        self.graph.erase_node(node)
+
+    def set_slots(self, slots: tuple[CacheSlot, ...]) -> None:
+        self._slots = slots
+
+    def fake_input(self, make: Callable[[], Tensor]) -> Tensor:
+        """Runs ``make`` under the graph's fake mode: a tensor of shape and dtype only."""
+        with self._fake:
+            return make()
+
+    def new_dim(self, example: int) -> torch.SymInt:
+        """A fresh symbolic dimension of at least one, for an input whose size nobody fixed."""
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        return self._fake.from_tensor(torch.empty(example), symbolic_context=context).shape[0]
+
+    def erase_dead(self) -> int:
+        """Removes calls that nothing reads; returns how many."""
+        removed = 0
+        for node in reversed(list(self.graph.nodes)):
+            if node.op == "call_function" and not node.users:
+                self.graph.erase_node(node)
+                removed += 1
+        return removed
+
+    def finish(self) -> Program:
+        self.erase_dead()
+        for spec, node in zip(self._signature.output_specs, self.graph.output_node().args[0], strict=True):
+            if spec.arg.name != node.name:
+                spec.arg.name = node.name
+        self.graph.lint()
+        done = self._program.with_graph(self.graph, self._state, self._constants, self._signature)
+        from dataclasses import replace
+
+        return replace(done, slots=self._slots)
+
+    def _stamp(self, node: fx.Node, like: fx.Node) -> None:
+        for key in INHERITED:
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+        node.meta["rewritten_by"] = self._by
+        self.touched += 1
+
+    def _first_user_input(self) -> fx.Node:
+        return self._program.inputs[0]
+
+    def _placeholder(self, name: str, value: Tensor, before: fx.Node) -> fx.Node:
+        with self.graph.inserting_before(before):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        node.meta["rewritten_by"] = self._by
+        return node
+
+
+def _overload(target: Callable) -> Callable:
+    """A custom operator's default overload, or the target itself."""
+    return target._opoverload if isinstance(target, torch._library.custom_ops.CustomOpDef) else target
+
+
+def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    raise ValueError("the graph has no node with shape metadata; a Program starts from a capture")

@@ -1,0 +1,75 @@
+"""Run a Program's graph, or part of it, node by node with the references: slow, anywhere, and obviously right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from ryzen_compile.program import Program
+
+WIDER = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
+
+
+def interpret(
+    program: Program,
+    feeds: Mapping[fx.Node, object],
+    targets: Sequence[fx.Node],
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    double: bool = False,
+    watch: Callable[[fx.Node, object], None] | None = None,
+) -> list[object]:
+    """The values of ``targets`` when the nodes in ``feeds`` have the given values.
+
+    Only what the targets need is computed, and a value is dropped after its last reader, so memory holds about one
+    layer. ``weights`` (placeholder name -> tensor) replaces the Program's own. ``double`` computes everything in
+    float64, each weight being widened where it is read: the reference that blames a pass, not rounding. ``watch`` sees
+    every computed value.
+    """
+    weights = program.weights if weights is None else weights
+    values: dict[fx.Node, object] = {node: _widen(value) if double else value for node, value in feeds.items()}
+    needed = _needed(program.graph, targets, values)
+    last_reader = {source: node for node in needed for source in node.all_input_nodes}
+    kept = set(targets)
+    with torch.no_grad():
+        for node in needed:
+            if node.op == "placeholder":
+                values[node] = _widen(weights[node.name]) if double else weights[node.name]
+                continue
+            args = map_arg(node.args, values.__getitem__)
+            kwargs = map_arg(node.kwargs, values.__getitem__)
+            if double and kwargs.get("dtype") in WIDER:
+                kwargs = {**kwargs, "dtype": torch.float64}
+            values[node] = node.target(*args, **kwargs)
+            if watch is not None:
+                watch(node, values[node])
+            for source in node.all_input_nodes:
+                if last_reader[source] is node and source not in kept:
+                    values.pop(source, None)
+    return [values[target] for target in targets]
+
+
+def _widen(value: object) -> object:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _needed(graph: fx.Graph, targets: Iterable[fx.Node], known: Mapping[fx.Node, object]) -> list[fx.Node]:
+    """The nodes to compute, each weight right before its first reader so that few are alive at a time."""
+    needed: set[fx.Node] = set()
+    pending = list(targets)
+    while pending:
+        node = pending.pop()
+        if node not in known and node not in needed:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    ordered, placed = [], set()
+    for node in graph.nodes:
+        if node in needed and node.op != "placeholder":
+            ordered.extend(w for w in node.all_input_nodes if w.op == "placeholder" and w in needed and w not in placed)
+            placed.update(node.all_input_nodes)
+            ordered.append(node)
+    ordered.extend(t for t in needed if t.op == "placeholder" and t not in placed)
+    return ordered

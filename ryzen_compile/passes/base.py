@@ -1,0 +1,90 @@
+"""What a pass is: a promise, and a function from Program to Program that reports hits and near-misses.
+
+Most passes are a :class:`RewritePass`: ``match`` looks at one anchor node and returns either what it found or a
+:class:`NoMatch` with the reason, ``rewrite`` builds the replacement. Matching is data: the reasons are shown by
+``explain`` and asserted in tests. Loops, dead code and bookkeeping live here, so a pass holds only its algebra.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import fx
+
+from ryzen_compile.edit import Edit
+from ryzen_compile.program import Program, is_call, module_path
+
+Promise = Literal["exact", "lossy"]
+
+
+@dataclass(frozen=True)
+class NoMatch:
+    """Why an anchor was left alone. ``node`` is where the ladder of checks stopped."""
+
+    reason: str
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the graph, kept after the graph itself has changed."""
+
+    node: str
+    module: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """``hits`` are the rewritten places, ``misses`` the anchors left alone, with the reason in ``note``."""
+
+    program: Program
+    hits: tuple[Site, ...] = ()
+    misses: tuple[Site, ...] = field(default=())
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.hits)
+
+
+class Pass(ABC):
+    """``name`` is what reports and ``passes=`` use; ``produces`` are the dialect operators it may introduce."""
+
+    name: ClassVar[str]
+    promise: ClassVar[Promise] = "exact"
+    produces: ClassVar[frozenset[str]] = frozenset()
+    required: ClassVar[bool] = False  # rolling it back leaves nothing that can run: a failure is an error
+
+    @abstractmethod
+    def run(self, program: Program) -> PassResult:
+        """Returns the rewritten Program; the given one is left as it was."""
+
+
+class RewritePass(Pass):
+    """Visits every node that calls one of ``anchors``, in graph order, and rewrites where ``match`` says so."""
+
+    anchors: ClassVar[tuple[object, ...]]
+
+    @abstractmethod
+    def match(self, node: fx.Node, program: Program) -> object | NoMatch: ...
+
+    @abstractmethod
+    def rewrite(self, edit: Edit, match: object) -> None: ...
+
+    def run(self, program: Program) -> PassResult:
+        edit = Edit(program, self.name)
+        hits, misses = [], []
+        for node in list(edit.graph.nodes):
+            if not is_call(node, *self.anchors) or not node.users:
+                continue  # another match has already consumed it
+            found = self.match(node, edit.program)
+            if isinstance(found, NoMatch):
+                misses.append(Site(found.node.name, module_path(found.node) or module_path(node), found.reason))
+                continue
+            site = Site(node.name, module_path(node))
+            self.rewrite(edit, found)
+            edit.erase_dead()
+            hits.append(site)
+        return PassResult(edit.finish() if hits else program, tuple(hits), tuple(misses))

@@ -1,0 +1,192 @@
+"""Every attention becomes one ``ryzen::attention``, whichever way it was written.
+
+After fuse_rotary, before merge_linear and insert_kv_cache. Three forms come in: the node that capture put there, SDPA,
+and ``softmax(f(Q Kᵀ)) V`` spelled out. The last two carry their mask and scaling as graph: a probe evaluates it, so
+
+    f(s) = scale s                         or   softcap tanh(scale s / softcap)      where visible
+    f(s) = a very negative number                                                    where hidden
+
+is read off numerically, however it was built, and the hidden entries are read as a :class:`MaskSpec`. Keys and values
+that merely repeat each kv head for its query heads are taken before the repetition.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from ryzen_compile import ops
+from ryzen_compile.edit import Edit
+from ryzen_compile.errors import UnsupportedError
+from ryzen_compile.mask_spec import MaskSpec, read_mask
+from ryzen_compile.passes.base import NoMatch, RewritePass
+from ryzen_compile.probe import Probe
+from ryzen_compile.program import Program, is_call, shape
+
+aten = torch.ops.aten
+captured = torch.ops.ryzen.attention.default
+MASK_ROWS = 2048  # a mask built in the graph is read at this many tokens (or the context, if shorter)
+HIDDEN = -1e4  # a score this low has no weight in float32, nor in float16
+REPEATS = frozenset((aten.reshape, aten.view, aten.expand, aten.unsqueeze, aten.clone, aten.repeat, aten.index, aten.index_select,
+                     aten.repeat_interleave))  # fmt: skip
+SCORES = frozenset((aten.mul, aten.div, aten.add, aten.sub, aten.neg, aten.tanh, aten.where, aten.masked_fill, aten.maximum,
+                    aten.minimum, aten.clamp, aten._to_copy, aten.expand))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Match:
+    """``heads_first`` tells whether the replaced value is (B, H, T, D) or (B, T, H, D)."""
+
+    out: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    sinks: fx.Node | None
+    scale: float
+    softcap: float
+    mask: MaskSpec
+    heads_first: bool
+
+
+class FuseAttention(RewritePass):
+    """``softmax(mask(scale Q Kᵀ)) V``  ->  ``attention(q, k, v, scale, window, softcap, causal)``."""
+
+    name: ClassVar[str] = "fuse_attention"
+    produces: ClassVar[frozenset[str]] = frozenset({"ryzen::attention"})
+    anchors = (captured, aten.scaled_dot_product_attention, aten.softmax, aten._softmax)
+
+    def match(self, node: fx.Node, program: Program) -> Match | NoMatch:
+        probe = Probe(program)
+        try:
+            if node.target is captured:
+                return _match_captured(node, probe)
+            if is_call(node, aten.scaled_dot_product_attention):
+                return _match_sdpa(node, probe, program.spec.context)
+            return _match_softmax(node, probe, program.spec.context)
+        except UnsupportedError as error:  # a mask that MaskSpec cannot say
+            return NoMatch(error.message, node)
+
+    def rewrite(self, edit: Edit, m: Match) -> None:
+        out = edit.call(
+            ops.attention, m.q, m.k, m.v, m.sinks, m.scale, m.mask.window, m.softcap, m.mask.causal, before=m.out
+        )
+        if m.heads_first:
+            out = edit.call(aten.permute.default, out, [0, 2, 1, 3], before=m.out)
+        edit.replace(m.out, out)
+
+
+def _match_captured(node: fx.Node, probe: Probe) -> Match | NoMatch:
+    q, k, v, sinks, scale, window, softcap, causal = node.args
+    plain_k, plain_v = _unrepeated(k, probe), _unrepeated(v, probe)
+    if plain_k is k or plain_v is v:
+        return NoMatch("already one node, keys and values are not repeated", node)
+    return Match(node, q, plain_k, plain_v, sinks, scale, softcap, MaskSpec(causal, window), heads_first=False)
+
+
+def _match_sdpa(node: fx.Node, probe: Probe, context: int) -> Match | NoMatch:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
+    if given.get("dropout_p", 0.0):
+        return NoMatch("drops out weights", node)
+    if len(shape(q)) != 4:
+        return NoMatch(f"queries are {shape(q)}, expected (B, H, T, D)", q)
+    spec = MaskSpec(causal=bool(given.get("is_causal", False)))
+    if isinstance(mask, fx.Node):
+        if mask not in probe.of_positions:
+            return NoMatch("the mask depends on the tokens", mask)
+        n = min(MASK_ROWS, context)
+        value = probe.evaluate(mask, {}, n)
+        visible = value if value.dtype == torch.bool else value > HIDDEN
+        if value.dtype != torch.bool and value[visible].any():
+            return NoMatch("the mask adds a bias to visible scores", mask)
+        spec = _read_rows(visible, n)
+    scale = given.get("scale")
+    scale = 1.0 / math.sqrt(int(shape(q)[3])) if scale is None else float(scale)
+    k, v = _unrepeated(k, probe), _unrepeated(v, probe)
+    return Match(node, q, k, v, None, scale, 0.0, spec, heads_first=True)
+
+
+def _match_softmax(node: fx.Node, probe: Probe, context: int) -> Match | NoMatch:
+    scores, dim = node.args[0], node.args[1]
+    if len(shape(node)) != 4 or dim not in (-1, 3):
+        return NoMatch(f"softmax over dim {dim} of {shape(node)}, expected the last of (B, H, T, S)", node)
+    readers = list(node.users)
+    while len(readers) == 1 and is_call(readers[0], aten._to_copy, aten.expand):
+        readers = list(readers[0].users)
+    if len(readers) != 1 or not is_call(readers[0], aten.matmul) or readers[0].args[0] is readers[0].args[1]:
+        return NoMatch("the weights are not only multiplied with values", node)
+    out = readers[0]
+    found = (scores, set()) if is_call(scores, aten.matmul) else probe.common_source(scores, SCORES)
+    if found is None or not is_call(found[0], aten.matmul):
+        return NoMatch("the scores do not come from one matrix product", scores)
+    product = found[0]
+    q, k_turned = product.args
+    if not is_call(k_turned, aten.permute) or list(k_turned.args[1]) != [0, 1, 3, 2]:
+        return NoMatch("the keys are not transposed by a permute", product)
+    read = _read_scores(scores, product, probe, min(MASK_ROWS, context))
+    if isinstance(read, NoMatch):
+        return read
+    scale, softcap, spec = read
+    k, v = _unrepeated(k_turned.args[0], probe), _unrepeated(out.args[1], probe)
+    return Match(out, q, k, v, None, scale, softcap, spec, heads_first=True)
+
+
+def _read_scores(
+    scores: fx.Node, product: fx.Node, probe: Probe, n: int
+) -> tuple[float, float, MaskSpec] | NoMatch:
+    """Feeds constant products to the piece of graph between ``Q Kᵀ`` and the softmax."""
+    heads = int(shape(product)[1])
+
+    def response(value: float) -> Tensor:
+        return probe.evaluate(scores, {product: torch.full((1, heads, n, n), value)}, n) if scores is not product else (
+            torch.full((1, heads, n, n), value)
+        )  # fmt: skip
+
+    at_zero = response(0.0)
+    visible = (at_zero > HIDDEN).expand(1, heads, n, n)
+    if at_zero.expand_as(visible)[visible].any():
+        return NoMatch("something is added to visible scores (a bias, or ALiBi)", scores)
+    spec = _read_rows(visible, n)
+
+    def at(value: float) -> float:
+        seen = response(value).expand_as(visible)[visible]
+        return float(seen[0]) if bool((seen == seen[0]).all()) else math.nan
+
+    scale, far = at(2.0**-10) * 2.0**10, at(2.0**20)
+    softcap = 0.0 if math.isclose(far, scale * 2.0**20, rel_tol=1e-5) else far
+    for value in (-40.0, -1.0, 0.5, 8.0, 300.0):
+        expected = softcap * math.tanh(scale * value / softcap) if softcap else scale * value
+        if not math.isclose(at(value), expected, rel_tol=1e-4, abs_tol=1e-5):
+            return NoMatch(f"a score of {value} becomes {at(value):.6g}: neither scaled nor soft-capped", scores)
+    return scale, softcap, spec
+
+
+def _read_rows(visible: Tensor, n: int) -> MaskSpec:
+    """``visible`` broadcasts to (1, H, n, n); raises ``UnsupportedError`` when it is no MaskSpec."""
+    square = visible.expand(1, visible.shape[1] if visible.ndim > 1 else 1, n, n)
+    if not torch.equal(square, square[:, :1].expand_as(square)):
+        raise UnsupportedError("heads have different masks")
+    rows = square[0, 0]
+    return read_mask(lambda b, h, q, k: rows[q, k], length=n)
+
+
+def _unrepeated(node: fx.Node, probe: Probe) -> fx.Node:
+    """The (B, K, T, D) tensor that ``node`` (B, H, T, D) repeats for its groups, or ``node`` itself."""
+    found = probe.common_source(node, REPEATS | {operator.getitem})
+    if found is None:
+        return node
+    source = found[0]
+    dims, wide = shape(source), shape(node)
+    if len(dims) != 4 or not isinstance(dims[1], int) or not isinstance(wide[1], int) or wide[1] % dims[1]:
+        return node
+    kv_heads, groups = dims[1], wide[1] // dims[1]
+    n, d = 3, int(dims[3])
+    names = torch.arange(kv_heads * n * d, dtype=torch.float32).view(1, kv_heads, n, d)
+    got = probe.evaluate(node, {source: names}, n)
+    return source if torch.equal(got, names.repeat_interleave(groups, dim=1)) else node

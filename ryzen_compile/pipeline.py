@@ -1,0 +1,157 @@
+"""The order of the passes, and the loop that runs them under the IR's law and the parity gate."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from ryzen_compile.config import Recipe
+from ryzen_compile.errors import ParityError, PassError, RyzenCompileError, UnsupportedError
+from ryzen_compile.passes.base import Pass, PassResult
+from ryzen_compile.passes.bind_positions import BindPositions
+from ryzen_compile.passes.canonicalize import Canonicalize
+from ryzen_compile.passes.eliminate_dead import EliminateDead
+from ryzen_compile.passes.fuse_add_norm import FuseAddNorm
+from ryzen_compile.passes.fuse_attention import FuseAttention
+from ryzen_compile.passes.fuse_linear import FuseLinear
+from ryzen_compile.passes.fuse_norm import FuseNorm
+from ryzen_compile.passes.fuse_rotary import FuseRotary
+from ryzen_compile.passes.insert_kv_cache import InsertKVCache
+from ryzen_compile.passes.merge_linear import MergeLinear
+from ryzen_compile.passes.prune_logits import PruneLogits
+from ryzen_compile.passes.recognize_activation import RecognizeActivation
+from ryzen_compile.program import Program
+from ryzen_compile.report import PassRecord, Report
+from ryzen_compile.verify import verify
+
+
+def default_passes(recipe: Recipe) -> tuple[Pass, ...]:
+    """The passes of a recipe, in order. Each line says why it stands where it does."""
+    passes: tuple[Pass, ...] = (
+        Canonicalize(),  # one spelling each, so that everything below matches one form
+        RecognizeActivation(),  # before the arithmetic it is made of is taken for something else
+        BindPositions(),  # before rotary and attention read what still counts tokens
+        FuseRotary(),  # while queries and keys still meet their angles
+        FuseNorm(),  # before attention, whose queries and keys may be normalised
+        FuseAddNorm(),  # needs the norms
+        FuseAttention(),  # masks and repeated heads go away with it
+        MergeLinear(),  # needs to know which three projections feed one attention
+        FuseLinear(),  # needs the merged gate and up projection
+        InsertKVCache(),  # everything around attention is final, so its projections can go in whole
+    )
+    if recipe.logits == "last":
+        passes += (PruneLogits(),)  # only a cached graph may forget the other rows
+    return (*passes, EliminateDead())  # last: what the others left unread
+
+
+class Gate(Protocol):
+    """Decides whether a rewritten Program still is the captured model."""
+
+    reference_rmse: float
+
+    def measure(self, program: Program) -> tuple[float, float, bool]:
+        """(rmse to float64, largest error to float32, whether both are within the budget of an exact pass)."""
+
+    def moved(self, before: Program, after: Program) -> str:
+        """The first module whose values differ between the two."""
+
+
+def run_passes(
+    program: Program,
+    passes: Sequence[Pass],
+    *,
+    supported_ops: frozenset[str] | None = None,
+    gate: Gate | None = None,
+    strict: bool = False,
+    progress: Callable[[PassRecord], None] | None = None,
+) -> tuple[Program, Report]:
+    """Runs ``passes`` in order; returns the final Program and the record.
+
+    A pass whose operators the backend lacks is recorded as unsupported and not run. With a ``gate``, a pass that leaves
+    its budget is rolled back and named with the module that moved; a ``required`` one raises ``ParityError`` or, when it
+    could not rewrite everything it must, ``UnsupportedError``. ``strict`` checks the IR's law after every pass instead
+    of at both ends.
+    """
+    captured_ops = dict(Counter(program.ops()))
+    verify(program)
+    records: list[PassRecord] = []
+    for pass_ in passes:
+        if supported_ops is not None and not pass_.produces <= supported_ops:
+            records.append(_record(pass_, "unsupported", program, PassResult(program), 0.0))
+        else:
+            result, record = _run_one(pass_, program, records, gate, strict)
+            records.append(record)
+            program = result
+        if progress is not None:
+            progress(records[-1])
+    verify(program)
+    reference = gate.reference_rmse if gate is not None else None
+    return program, Report(program.spec, dict(program.provenance), captured_ops, tuple(records), reference)
+
+
+def _run_one(
+    pass_: Pass, program: Program, before: Sequence[PassRecord], gate: Gate | None, strict: bool
+) -> tuple[Program, PassRecord]:
+    started = time.perf_counter()
+    try:
+        result = pass_.run(program)
+        if strict and result.changed:
+            verify(result.program)
+    except RyzenCompileError:
+        raise
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        ran = ", ".join(r.name for r in before) or "nothing"
+        raise PassError(f"pass {pass_.name} failed after {ran}: {type(error).__name__}: {error}") from error
+    seconds = time.perf_counter() - started
+    if pass_.required and not result.changed:
+        raise _required_failure(pass_, result)
+    if not result.changed or gate is None:
+        return result.program, _record(pass_, "applied" if result.changed else "unchanged", program, result, seconds)
+    rmse, max_error, within = gate.measure(result.program)
+    if within:
+        record = _record(pass_, "applied", program, result, seconds, max_error, rmse)
+        return result.program, record
+    where = gate.moved(program, result.program)
+    detail = f"logits moved by {max_error:.2e} (rmse {rmse:.2e}, reference {gate.reference_rmse:.2e}), first in {where}"
+    if pass_.required:
+        raise ParityError(f"pass {pass_.name}: {detail}", hint="this graph cannot be generated from with a cache")
+    rolled = PassResult(program, (), result.misses)
+    return program, _record(pass_, "rolled back", program, rolled, seconds, max_error, rmse, detail)
+
+
+def _required_failure(pass_: Pass, result: PassResult) -> UnsupportedError:
+    if not result.misses:
+        return UnsupportedError(f"{pass_.name} found nothing to rewrite: the graph holds no attention that it knows")
+    site = result.misses[0]
+    return UnsupportedError(
+        f"{pass_.name} cannot rewrite node {site.node} in {site.module or 'the model'}: {site.note}",
+        hint=f"{len(result.misses)} such place(s); `ryzen-compile explain` lists them",
+    )
+
+
+def _record(
+    pass_: Pass,
+    status: str,
+    program: Program,
+    result: PassResult,
+    seconds: float,
+    max_error: float | None = None,
+    rmse: float | None = None,
+    detail: str = "",
+) -> PassRecord:
+    return PassRecord(
+        name=pass_.name,
+        promise=pass_.promise,
+        status=status,
+        hits=result.hits,
+        misses=result.misses,
+        nodes_before=len(program.ops()),
+        nodes_after=len(result.program.ops()),
+        ops=dict(Counter(result.program.ops())),
+        seconds=seconds,
+        max_error=max_error,
+        rmse=rmse,
+        detail=detail,
+    )

@@ -1,0 +1,44 @@
+"""What the decode loop needs from a backend, and nothing more: one ``step``.
+
+An engine turns new tokens plus a cache into logits. It knows no sampling, no stopping and no batch policy; the loop in
+``generate`` knows no backend. ``ModelSpec`` and ``CacheSlot`` are re-exported, so that an engine can be written against
+this module alone.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.spec import CacheSlot, ModelSpec
+
+__all__ = ["CacheSlot", "Engine", "ModelSpec"]
+
+
+class Engine(Protocol):
+    """A compiled model that can be advanced by some tokens.
+
+    ``slots`` lays out the cache that ``step`` reads and writes. ``all_logits`` says whether ``step`` returns the logits
+    of every new token, ``(B, T, V)``, or of the last one only, ``(B, 1, V)``.
+    """
+
+    name: str
+    spec: ModelSpec
+    slots: tuple[CacheSlot, ...]
+    all_logits: bool
+
+    def step(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
+        """Logits, float32, after ``tokens`` ``(B, T)`` int64 were appended to ``cache``.
+
+        The T new tokens of row b take the positions ``cache.lengths[b] .. cache.lengths[b] + T - 1``; the cache has
+        room for them. Their keys and values are written into its buffers in place; its lengths are left alone, the
+        caller advances them. T > 1 together with B > 1 occurs only when every row is empty. The array returned is
+        the caller's until the next ``step``: an engine may reuse its storage.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up sessions and buffers. ``step`` is not called afterwards; ``close`` may be called again."""
+        ...

@@ -1,0 +1,502 @@
+"""Where a model comes from: a local directory or a hub id, checked before anything of it is loaded.
+
+A model directory is untrusted input. It may hold code (``auto_map``, pickles), lie about sizes, or lack tensors that
+transformers would silently fill with random numbers; each of these is refused here, by name, before the rest of the
+package sees a model. It knows nothing of graphs or passes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ryzen_compile.errors import ModelError, ResourceError, UnsafeError, UsageError
+from ryzen_compile.manifest import name_fault, shown, shown_path
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 100_000
+MAX_JSON_BYTES = 64 << 20
+# Configured counts that loops or allocations follow; the limits are far above any model and far below harm.
+CONFIG_LIMITS = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 10_000),
+    **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "max_position_embeddings"), 100_000_000),
+    "vocab_size": 100_000_000,
+}
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
+_HUB_SKIP = ("*/*.safetensors", "consolidated*.safetensors")  # second copies of the weights
+_PICKLES = (".bin", ".pt", ".pt2", ".pth", ".pkl", ".ckpt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_CODE_CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file: ``start``..``end`` are bytes of the data section."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """An inspected model directory: its ``config.json`` and the weight files, with the tensors their headers list."""
+
+    directory: Path
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+    tensors: dict[str, TensorEntry]
+
+
+def resolve(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    local_files_only: bool | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """The local directory of ``model``: itself, or a hub id's snapshot (downloaded unless cached or offline).
+
+    Only safetensors, JSON, tokenizer and Jinja files are fetched, and Python files if ``trust_remote_code``. The hub
+    library reads HF_HUB_OFFLINE itself. Raises ModelError when there is no such directory, id or cached snapshot,
+    ResourceError when it cannot be stored.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(
+            f"model {shown_path(model)} is a file, expected a directory", hint="give the directory it is in"
+        )
+    name = str(model)
+    if isinstance(model, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        raise ModelError(f"model directory {shown_path(model)} does not exist", hint="check the path")
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    patterns = [*_HUB_FILES, "*.py"] if trust_remote_code else list(_HUB_FILES)
+    try:
+        snapshot = hub.snapshot_download(
+            name,
+            revision=revision,
+            local_files_only=bool(local_files_only),
+            token=token,
+            allow_patterns=patterns,
+            ignore_patterns=list(_HUB_SKIP),
+        )
+    except (errors.EntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise ModelError(
+            f"model {shown(name)} is neither a local directory nor in the hub cache, and the hub was not reached",
+            hint="check the name, go online (HF_HUB_OFFLINE unset), or give a local directory",
+        ) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.RevisionResolutionError) as error:
+        raise ModelError(
+            f"model {shown(name)} is not a local directory and the hub refused it: {_first_line(error)}",
+            hint="check the name and revision; a gated model needs a token",
+        ) from error
+    except OSError as error:
+        raise ResourceError(f"cannot fetch model {shown(name)}: {_first_line(error)}") from error
+    return Path(snapshot)
+
+
+def inspect(directory: str | Path, *, trust_remote_code: bool = False) -> SourceFiles:
+    """Checks a model directory without loading it: configuration, remote code, weight files and their headers.
+
+    Raises ModelError for what is missing or damaged and UnsafeError for pickles, paths that leave the directory, and
+    (unless ``trust_remote_code``) configurations that name code.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ModelError(f"model directory {shown_path(directory)} does not exist", hint="check the path")
+    if not (directory / "config.json").is_file():
+        raise ModelError(
+            f"{shown_path(directory)} holds no config.json", hint="expected a Hugging Face model directory"
+        )
+    if (directory / "adapter_config.json").exists():
+        # transformers would follow its base_model_name_or_path, to the hub if need be
+        raise ModelError(f"{shown_path(directory)} is a PEFT adapter", hint="merge it into its base model first")
+    config = _read_json(directory / "config.json")
+    for name in _CODE_CONFIGS:
+        if not trust_remote_code and (directory / name).is_file():
+            _refuse_code(name, config if name == "config.json" else _read_json(directory / name))
+    _check_config(config)
+    tensors: dict[str, TensorEntry] = {}
+    home: dict[str, str] = {}
+    weights, index = _weight_files(directory)
+    for path in weights:
+        for name, entry in check_safetensors(path).items():
+            if name in tensors:
+                raise ModelError(f"tensor {shown(name)} is in two files: {shown(home[name])} and {shown(path.name)}")
+            tensors[name], home[name] = entry, path.name
+    strays = sorted(name for name, shard in index.items() if home.get(name) != shard)
+    if strays:
+        raise ModelError(f"the index places {len(strays)} tensor(s) in files that lack them: {_first_ten(strays)}")
+    if len(tensors) > MAX_TENSORS:
+        raise ModelError(f"{shown_path(directory)} has {len(tensors)} tensors, the limit is {MAX_TENSORS}")
+    return SourceFiles(directory, config, tuple(weights), tensors)
+
+
+def check_safetensors(path: str | Path) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file, after a strict pass over its header; the data itself is not read.
+
+    Stricter than the format's readers where they disagree: duplicate names, holes, overlaps, trailing bytes, unknown
+    dtypes and more than 100,000 tensors are each a ModelError that names the tensor.
+    """
+    path = Path(path)
+    header, data_bytes = _read_header(path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ModelError(f"{shown(path.name)}: __metadata__ is not a table of strings")
+    if len(header) > MAX_TENSORS:
+        raise ModelError(f"{shown(path.name)} has {len(header)} tensors, the limit is {MAX_TENSORS}")
+    tensors = {name: _tensor_entry(path, name, entry, data_bytes) for name, entry in header.items()}
+    position, before = 0, ""
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start < position:
+            raise ModelError(
+                f"{shown(path.name)}: tensors {shown(before)} and {shown(name)} overlap at byte {entry.start}"
+            )
+        if entry.start > position:
+            raise ModelError(f"{shown(path.name)}: hole of {entry.start - position} bytes before tensor {shown(name)}")
+        position, before = entry.end, name
+    if position != data_bytes:
+        extra = data_bytes - position
+        raise ModelError(f"{shown(path.name)}: {extra} trailing bytes after the last tensor {shown(before)}")
+    return tensors
+
+
+def load_model(
+    directory: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, GenerationConfig | None]:
+    """The model in eval mode with weights of ``dtype``, its tokenizer if there is one, its generation defaults.
+
+    ``dtype`` is float32, float16 or bfloat16. Raises whatever ``inspect`` raises, and ModelError for tensors missing,
+    left over or of another shape (transformers would fill or drop them silently), declared ties that differ, NaN or
+    infinite weights, and a tokenizer larger than the vocabulary.
+    """
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise UsageError(f"dtype {shown(dtype)}: expected float32, float16 or bfloat16")
+    directory = inspect(directory, trust_remote_code=trust_remote_code).directory
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _loading("model", directory):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported in `info`, with every shape, instead of raised one by one
+        )
+    _check_loading_info(info)
+    _check_ties(model)
+    check_finite(model)
+    tokenizer = _load_tokenizer(directory, model, trust_remote_code)
+    return model.eval(), tokenizer, model.generation_config if model.can_generate() else None
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises ModelError naming the first parameter that holds NaN or Inf, with how many values and parameters do."""
+    import torch
+
+    bad: list[tuple[str, int]] = []
+    for name, tensor in model.named_parameters():
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+            continue
+        # The extremes carry any NaN or Inf and allocate nothing; the count is only taken of a tensor that has some.
+        low, high = torch.aminmax(tensor.detach())
+        if not math.isfinite(low.item()) or not math.isfinite(high.item()):
+            bad.append((name, int((~torch.isfinite(tensor.detach())).sum())))
+    if bad:
+        name, count = bad[0]
+        raise ModelError(
+            f"tensor {shown(name)} holds {count} NaN or infinite value(s); {len(bad)} tensor(s) are affected",
+            hint="the weights are damaged or overflowed in their dtype",
+        )
+
+
+class _loading:  # noqa: N801 - reads as a statement: ``with _loading("model", directory):``
+    """Rewords what transformers raises for an unusable directory as ModelError, on one line."""
+
+    def __init__(self, what: str, directory: Path) -> None:
+        self.what, self.directory = what, directory
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+            raise ResourceError(f"not enough memory for {shown_path(self.directory)}: {_first_line(error)}") from error
+        if isinstance(error, (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)):
+            raise ModelError(
+                f"transformers cannot load the {self.what} in {shown_path(self.directory)}: {_first_line(error)}"
+            ) from error
+
+
+def _load_tokenizer(directory: Path, model: PreTrainedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    with _loading("tokenizer", directory):
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    vocab = model.get_input_embeddings().num_embeddings
+    specials = {
+        role: number
+        for role in ("bos", "eos", "pad", "unk")
+        if (number := getattr(tokenizer, f"{role}_token_id", None)) is not None
+    }
+    if outside := [f"{role}_token_id {number}" for role, number in specials.items() if not 0 <= number < vocab]:
+        raise ModelError(f"tokenizer's {outside[0]} is outside the model's vocabulary of {vocab}")
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= vocab}
+    ordinary = [number for number in beyond if not _is_special(tokenizer, number)]
+    if ordinary:
+        raise ModelError(
+            f"tokenizer knows {max(beyond) + 1} tokens, the model's vocabulary has {vocab}",
+            hint="the tokenizer belongs to another model",
+        )
+    if beyond:  # Gemma 3's text models ship the image token of their siblings: harmless until a prompt contains it
+        names = ", ".join(shown(token) for token in list(beyond.values())[:10])
+        warnings.warn(
+            f"{len(beyond)} special token(s) lie outside the model's vocabulary of {vocab}: {names}", stacklevel=3
+        )
+    return tokenizer
+
+
+def _is_special(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
+    added = tokenizer.added_tokens_decoder.get(number)
+    return added is not None and added.special
+
+
+def _check_loading_info(info: Mapping[str, Any]) -> None:
+    """Refuses what transformers would paper over. ``info`` is ``from_pretrained``'s ``output_loading_info``."""
+    faults = []
+    if info["missing_keys"]:
+        faults.append(f"{len(info['missing_keys'])} tensor(s) missing: {_first_ten(sorted(info['missing_keys']))}")
+    if info["unexpected_keys"]:
+        faults.append(
+            f"{len(info['unexpected_keys'])} tensor(s) unknown: {_first_ten(sorted(info['unexpected_keys']))}"
+        )
+    if info["mismatched_keys"]:
+        shapes = [
+            f"{shown(name)} is {tuple(got)}, expected {tuple(expected)}"
+            for name, got, expected in sorted(info["mismatched_keys"])[:10]
+        ]
+        faults.append(f"{len(info['mismatched_keys'])} tensor(s) of another shape: {', '.join(shapes)}")
+    faults.extend(_first_line(message) for message in list(info["error_msgs"])[:1])
+    if faults:
+        raise ModelError("weights do not fit config.json: " + "; ".join(faults), hint="the files are from two models")
+
+
+def _check_ties(model: PreTrainedModel) -> None:
+    """Refuses weights declared as tied that the checkpoint holds twice, differently (transformers unties them)."""
+    import torch
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for target, origin in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        one, other = parameters.get(target), parameters.get(origin)
+        if one is None or other is None or one is other:
+            continue
+        if one.shape != other.shape or not torch.equal(one, other):
+            raise ModelError(
+                f"config.json ties {shown(target)} to {shown(origin)}, the weights hold two different tensors",
+                hint="set tie_word_embeddings to false if both are meant",
+            )
+
+
+def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors files that transformers would read, in its order of preference, and the index's tensor table."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single], {}
+    if index.is_file():
+        table = _read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise ModelError(f"{index.name} has no weight_map")
+        if len(table) > MAX_TENSORS:
+            raise ModelError(f"{index.name} lists {len(table)} tensors, the limit is {MAX_TENSORS}")
+        for tensor, shard in table.items():
+            if fault := name_fault(shard, nested=False):
+                raise UnsafeError(f"{index.name} maps tensor {shown(tensor)} to {shown(shard)}, which {fault}")
+            if not shard.endswith(".safetensors"):
+                raise UnsafeError(f"{index.name} maps tensor {shown(tensor)} to {shown(shard)}, not a safetensors file")
+        shards = sorted(set(table.values()))
+        if missing := [shard for shard in shards if not (directory / shard).is_file()]:
+            raise ModelError(f"{len(missing)} of {len(shards)} weight files missing: {_first_ten(missing)}")
+        return [directory / shard for shard in shards], table
+    names = sorted(path.name for path in directory.iterdir())
+    if pickles := [name for name in names if name.endswith(_PICKLES)]:
+        raise UnsafeError(
+            f"{shown_path(directory)} holds only pickled weights, which can run code: {_first_ten(pickles)}",
+            hint="convert them to safetensors (model.save_pretrained does)",
+        )
+    if other := [name for name in names if name.endswith((".safetensors", ".gguf"))]:
+        raise ModelError(
+            f"{shown_path(directory)} holds no model.safetensors nor its index, only {_first_ten(other)}",
+            hint="expected the layout that save_pretrained writes",
+        )
+    raise ModelError(f"{shown_path(directory)} holds no model.safetensors", hint="is it a model directory?")
+
+
+def _refuse_code(name: str, config: Mapping[str, Any]) -> None:
+    for key, value in _nested_items(config):
+        last = key.rpartition(".")[2]
+        if last in ("auto_map", "trust_remote_code") and value:
+            raise UnsafeError(
+                f"{name} asks to run code of its own: key {shown(key)}",
+                hint="pass trust_remote_code if you trust it, or delete the key if transformers knows the model itself",
+            )
+        # transformers downloads attention and expert kernels named like hub repositories
+        if "_implementation" in last and isinstance(value, str) and "/" in value:
+            raise UnsafeError(f"{name} asks to run a kernel from the hub: key {shown(key)} is {shown(value)}")
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    if "transformers_weights" in config:
+        raise ModelError("config.json names its own weight file (transformers_weights)", hint="use model.safetensors")
+    for key, value in _nested_items(config):
+        limit = CONFIG_LIMITS.get(key.rpartition(".")[2])
+        if limit is not None and isinstance(value, int) and value > limit:
+            raise ModelError(f"config.json: {shown(key)} is {value:.3g}, the limit is {limit}")
+
+
+def _nested_items(value: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every ``(dotted.key, value)`` of nested objects and arrays. Depth is bounded by the JSON reader's own limit."""
+    pending: list[tuple[str, object]] = [(prefix, value)]
+    while pending:
+        path, node = pending.pop()
+        pairs: Iterable[tuple[object, Any]] = ()
+        if isinstance(node, dict):
+            pairs = node.items()
+        elif isinstance(node, list):
+            pairs = enumerate(node)
+        for key, child in pairs:
+            name = f"{path}.{key}" if path else str(key)
+            yield name, child
+            if isinstance(child, (dict, list)):
+                pending.append((name, child))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise ModelError(f"{path.name} has {size} bytes, the limit is {MAX_JSON_BYTES}")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ModelError:  # a ValueError too, already worded
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name} is not JSON: {_first_line(error)}") from error
+    except OSError as error:
+        raise ResourceError(f"cannot read {shown_path(path)}: {error.strerror}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path.name} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header's JSON object and the length of the data section behind it."""
+    what = f"{shown(path.name)}: not a safetensors header"
+    try:
+        with path.open("rb") as stream:
+            size = path.stat().st_size
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                raise ModelError(f"{what}: the file has {size} bytes, a length of 8 bytes comes first")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > size - 8:
+                raise ModelError(f"{what}: it claims {length} bytes, the file has {size - 8} after its length")
+            if length > MAX_HEADER_BYTES:
+                raise ModelError(f"{what}: {length} bytes, the limit is {MAX_HEADER_BYTES}")
+            raw = stream.read(length)
+    except FileNotFoundError as error:
+        raise ModelError(f"weight file {shown_path(path)} is missing") from error
+    except OSError as error:
+        raise ResourceError(f"cannot read {shown_path(path)}: {error.strerror}") from error
+    if not raw.startswith(b"{"):
+        raise ModelError(f"{what}: it starts with {shown(raw[:4])}, expected '{{'")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{what}: not UTF-8 at byte {error.start}") from error
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ModelError(f"{shown(path.name)}: the name {shown(key)} is there twice")
+            result[key] = value
+        return result
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique, parse_constant=_no_constant)
+    except ModelError:  # a ValueError too, already worded
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{what}: not JSON: {_first_line(error)}") from error
+    return header, size - 8 - length
+
+
+def _tensor_entry(path: Path, name: str, entry: object, data_bytes: int) -> TensorEntry:
+    where = f"{shown(path.name)}: tensor {shown(name)}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ModelError(f"{where} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ModelError(f"{where} has the unknown dtype {shown(dtype)}")
+    if not _are_counts(shape):
+        raise ModelError(f"{where} has the shape {shown(shape)}, expected a list of whole numbers")
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise ModelError(f"{where} has the data_offsets {shown(offsets)}, expected two whole numbers")
+    start, end = offsets
+    if not start <= end <= data_bytes:
+        raise ModelError(f"{where} lies at bytes {start}..{end}, outside the file's {data_bytes} bytes of data")
+    bits = _BITS[dtype]
+    for size in shape:
+        # Like readers in C, which multiply in 64 bits; a later 0 does not undo the overflow.
+        bits *= size
+        if bits >= 1 << 64:
+            raise ModelError(f"{where}: shape {shown(shape)} overflows 64 bits")
+    if bits % 8 or bits // 8 != end - start:
+        raise ModelError(f"{where}: {dtype} {shown(shape)} needs {bits / 8:g} bytes, its offsets hold {end - start}")
+    return TensorEntry(dtype, tuple(shape), start, end)
+
+
+def _are_counts(value: object) -> bool:
+    """Whether ``value`` is a list of non-negative 64-bit integers (``True`` is none)."""
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+
+
+def _first_ten(names: list[str]) -> str:
+    return ", ".join(shown(name) for name in names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")

@@ -1,0 +1,121 @@
+"""The parity gate: is a rewritten Program still the captured model?
+
+The oracle is the captured graph in float64 on a few probe sequences. A pass that promises to be exact may not be
+further from it than twice the captured graph in float32 is, plus a floor: the rule by which torch's own compiler is
+tested. It blames the rewrite, not rounding. A cached Program is run as it will be used, a chunk of prompt, a longer
+chunk, single tokens, each row on its own length, so a cache that is off by one is seen too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from ryzen_compile.interpret import interpret
+from ryzen_compile.program import Program, is_call, module_path
+
+ALLOWANCE = 2.0  # times the captured graph's own float32 error
+FLOOR = 1e-5  # of the logits' scale: errors below it say nothing
+TOKENS = 17
+CHUNKS = (5, 9, 1, 1, 1)  # how a cached Program is fed the same tokens
+
+
+class ParityGate:
+    """Built on the captured Program; ``measure`` any rewrite of it.
+
+    ``reference_rmse`` is the captured graph's own distance (float32 to float64) over all logits.
+    """
+
+    def __init__(self, captured: Program, *, seed: int = 0) -> None:
+        tokens = min(TOKENS, captured.spec.context)
+        generator = torch.Generator().manual_seed(seed)
+        self._ids = torch.randint(captured.spec.vocab, (2, tokens), generator=generator)
+        self._single = full_logits(captured, self._ids)
+        self._double = full_logits(captured, self._ids, double=True)
+        self._scale = max(1.0, float(self._double.square().mean().sqrt()))
+        self.reference_rmse = _rmse(self._single, self._double)
+
+    def measure(self, program: Program) -> tuple[float, float, bool]:
+        """(rmse to float64, largest difference to the captured float32 logits, whether the rmse is within budget)."""
+        logits, rows = logits_of(program, self._ids)
+        rmse = _rmse(logits, self._double[:, rows])
+        largest = float((logits - self._single[:, rows]).abs().max())
+        within = rmse <= ALLOWANCE * self.reference_rmse + FLOOR * self._scale
+        return rmse, largest, within
+
+    def moved(self, before: Program, after: Program) -> str:
+        """The module path of the first value that both graphs name and do not agree on."""
+        if before.slots or after.slots:
+            return "the cache or a later layer"
+        values: dict[str, Tensor] = {}
+        _watch(before, self._ids, lambda node, value: values.__setitem__(node.name, value))
+        first: list[str] = []
+
+        def compare(node: fx.Node, value: object) -> None:
+            known = values.get(node.name)
+            if first or not isinstance(value, Tensor) or not isinstance(known, Tensor) or known.shape != value.shape:
+                return
+            if not torch.allclose(known, value, rtol=1e-3, atol=1e-4 * float(known.abs().max() + 1)):
+                first.append(f"{module_path(node) or 'the model'} ({node.name})")
+
+        _watch(after, self._ids, compare)
+        return first[0] if first else "the output"
+
+
+def full_logits(program: Program, ids: Tensor, *, double: bool = False) -> Tensor:
+    """(B, T, V) logits of an uncached Program on ``ids`` (B, T), positions from zero."""
+    (logits,) = interpret(program, _feeds(program, ids), [program.outputs[0]], double=double)
+    return logits
+
+
+def logits_of(program: Program, ids: Tensor) -> tuple[Tensor, list[int]]:
+    """The logits a Program gives for ``ids`` and the token rows they belong to, through its cache if it has one."""
+    if not program.slots:
+        logits = full_logits(program, ids)
+        tokens = ids.shape[1]
+        return logits, (list(range(tokens)) if logits.shape[1] == tokens else [tokens - 1])
+    rows = [_cached_logits(program, row[None]) for row in ids]
+    return torch.cat([logits for logits, _ in rows]), rows[0][1]
+
+
+def _cached_logits(program: Program, ids: Tensor) -> tuple[Tensor, list[int]]:
+    """One sequence in ``CHUNKS``; the capacity is larger than the sequence, so unwritten rows must not matter."""
+    tokens = ids.shape[1]
+    caches = [torch.zeros((1, s.kv_heads, tokens + 3, d)) for s in program.slots for d in (s.head_dim, s.value_dim)]
+    collected, rows, done = [], [], 0
+    for size in CHUNKS:
+        size = min(size, tokens - done)
+        if size <= 0:
+            break
+        feeds = _feeds(program, ids[:, done : done + size], start=done, caches=caches)
+        logits, *caches = interpret(program, feeds, list(program.outputs))
+        done += size
+        rows.extend(range(done - logits.shape[1], done))
+        collected.append(logits)
+    return torch.cat(collected, dim=1), rows
+
+
+def _feeds(
+    program: Program, ids: Tensor, *, start: int = 0, caches: list[Tensor] | None = None
+) -> dict[fx.Node, Tensor]:
+    batch, tokens = ids.shape
+    given = {
+        "input_ids": ids,
+        "position_ids": torch.arange(start, start + tokens).repeat(batch, 1),
+        "attention_mask": torch.ones((batch, start + tokens), dtype=torch.long),
+    }
+    names = [n.name for n in program.inputs if n.name.startswith("past_key_values_")]
+    given |= dict(zip(names, caches or (), strict=True))
+    return {node: given[node.name] for node in program.inputs}
+
+
+def _watch(program: Program, ids: Tensor, watch) -> None:  # noqa: ANN001
+    def tensors(node: fx.Node, value: object) -> None:
+        if not is_call(node, torch.ops.aten.sym_size):
+            watch(node, value)
+
+    interpret(program, _feeds(program, ids), [program.outputs[0]], watch=tensors)
+
+
+def _rmse(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).square().mean().sqrt())

@@ -1,0 +1,37 @@
+"""What every test relies on: two threads, no network, quiet libraries, and the shipped model's place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before any library reads them. Offline is not a convenience: a test that would download must fail here as well.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Two, as on the smallest machine the suite is meant for: more would change the order of floating-point sums.
+torch.set_num_threads(2)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def tiny_python_lm() -> Path:
+    """The directory of the trained model that the repository ships: config, safetensors, tokenizer."""
+    return REPOSITORY / "examples" / "tiny-python-lm"

@@ -1,0 +1,156 @@
+"""CompiledModel: logits, one call at a time, saving, closing."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaForCausalLM
+
+from ryzen_compile.errors import PromptError, UsageError
+from ryzen_compile.runtime.compiled import CompiledModel
+from tests.runtime.torch_engine import BOS, CONTEXT, EOS, VOCAB, TorchEngine, tiny_llama, tiny_tokenizer
+
+PROMPT = [BOS, 11, 40, 7]
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture
+def model(llama: LlamaForCausalLM) -> CompiledModel:
+    config = GenerationConfig(max_new_tokens=6, eos_token_id=EOS, bos_token_id=BOS)
+    return CompiledModel(TorchEngine(llama), generation_config=config, tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("all_logits", [True, False])
+def test_call_gives_the_logits_of_whole_prompts(llama: LlamaForCausalLM, all_logits: bool) -> None:
+    model = CompiledModel(TorchEngine(llama, all_logits=all_logits))
+    ids = np.array([PROMPT, PROMPT[::-1]])
+    with torch.no_grad():
+        expected = llama(torch.from_numpy(ids)).logits.numpy()
+    logits = model(ids)
+    assert logits.shape == (2, 4 if all_logits else 1, VOCAB) and logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected if all_logits else expected[:, -1:], atol=1e-4)
+    model(ids[:, ::-1].copy())  # does not overwrite the logits of the first call
+    np.testing.assert_allclose(logits, expected if all_logits else expected[:, -1:], atol=1e-4)
+
+
+def test_call_speaks_the_callers_arrays_and_checks_them(model: CompiledModel) -> None:
+    assert isinstance(model(torch.tensor([PROMPT])), torch.Tensor)
+    assert model(PROMPT).shape == (1, 4, VOCAB) and model([]).shape == (0, 0, VOCAB)
+    for ids, message in (
+        ([[VOCAB]], r"input_ids\[0, 0\] is 97"),
+        ([[1.5]], "must be integers"),
+        ([[]], "the prompt is empty"),
+        ([[1] * 65], "prompt of 65 tokens exceeds the model's context of 64 tokens"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            model(ids)
+
+
+def test_generate_takes_the_models_config_and_tokenizer(model: CompiledModel) -> None:
+    assert model.generate([PROMPT]).shape == (1, 10)
+    assert model.generate([PROMPT], max_new_tokens=3).shape == (1, 7)
+    laid_over = model.generate([PROMPT], generation_config=GenerationConfig(repetition_penalty=1.5))
+    np.testing.assert_array_equal(laid_over, model.generate([PROMPT], repetition_penalty=1.5))
+    assert laid_over.shape == (1, 10)
+    assert model.generate().tolist() == model.generate([[BOS]]).tolist()
+    assert model.generate([PROMPT], stop_strings="q").shape[1] <= 10
+
+
+def test_what_it_was_made_of_can_be_read(llama: LlamaForCausalLM) -> None:
+    engine = TorchEngine(llama)
+    model = CompiledModel(engine, report={"passes": []}, config={"model_type": "llama"})
+    assert model.report == {"passes": []} and model.config == {"model_type": "llama"}
+    assert model.spec.context == CONTEXT and model.engine is engine
+    assert model.generation_config is None and model.tokenizer is None
+    assert model.generate([PROMPT]).shape == (1, 24)
+
+
+def test_threads_get_what_they_would_get_alone(model: CompiledModel) -> None:
+    prompts = [[BOS, 5 + 7 * index, 40, index + 3] for index in range(6)]
+    expected = [model.generate([prompt], do_sample=True, seed=index) for index, prompt in enumerate(prompts)]
+    results: dict[int, np.ndarray] = {}
+    barrier = threading.Barrier(len(prompts))
+
+    def work(index: int) -> None:
+        barrier.wait()
+        results[index] = model.generate([prompts[index]], do_sample=True, seed=index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    for index, result in enumerate(expected):
+        np.testing.assert_array_equal(results[index], result)
+
+
+@pytest.mark.parametrize("what", ["generate", "the model", "save_pretrained", "close"])
+def test_calls_from_inside_a_callback_are_refused(llama: LlamaForCausalLM, tmp_path: Path, what: str) -> None:
+    model = CompiledModel(TorchEngine(llama), saver=lambda directory, force: None)
+    calls: dict[str, Any] = {
+        "generate": lambda: model.generate([PROMPT]),
+        "the model": lambda: model([PROMPT]),
+        "save_pretrained": lambda: model.save_pretrained(tmp_path),
+        "close": model.close,
+    }
+
+    class Meddling:
+        def put(self, value: Any) -> None:
+            calls[what]()
+
+        def end(self) -> None: ...
+
+    with pytest.raises(UsageError, match=f"{what} was called from inside a running call of the same model"):
+        model.generate([PROMPT], streamer=Meddling())
+    assert model.generate([PROMPT]).shape == (1, 24), "the model is usable afterwards"
+
+
+def test_saving_goes_to_the_saver(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    seen = []
+    model = CompiledModel(TorchEngine(llama), saver=lambda directory, force: seen.append((directory, force)))
+    model.save_pretrained(str(tmp_path / "a"))
+    model.save_pretrained(tmp_path / "b", force=True)
+    assert seen == [(tmp_path / "a", False), (tmp_path / "b", True)]
+    with pytest.raises(UsageError, match="on the 'torch' engine, has nothing to save; compile it with the onnxruntime"):
+        CompiledModel(TorchEngine(llama)).save_pretrained(tmp_path)
+
+
+def test_a_closed_model_says_so(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    engine = TorchEngine(llama)
+    with CompiledModel(engine, saver=lambda directory, force: None) as model:
+        assert not model.closed
+        model.generate([PROMPT])
+    assert model.closed and engine.closed == 1
+    model.close()
+    assert engine.closed == 1
+    for what, call in (
+        ("generate", lambda: model.generate([PROMPT])),
+        ("the model", lambda: model([PROMPT])),
+        ("save_pretrained", lambda: model.save_pretrained(tmp_path)),
+    ):
+        with pytest.raises(UsageError, match=f"{what} was called on a closed model; load it again"):
+            call()
+
+
+def test_a_with_block_closes_when_it_fails(llama: LlamaForCausalLM) -> None:
+    engine = TorchEngine(llama)
+    with pytest.raises(PromptError), CompiledModel(engine) as model:
+        model.generate([[VOCAB]])
+    assert engine.closed == 1
+
+
+def test_a_forked_child_is_told_to_load_the_model_itself(model: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: parent + 1)
+    with pytest.raises(UsageError, match="generate was called in a forked process; load the model after the fork"):
+        model.generate([PROMPT])
