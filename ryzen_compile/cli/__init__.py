@@ -18,13 +18,22 @@ from typing import Annotated
 
 import typer
 
-from ryzen_compile.cli import doctor, env
+from ryzen_compile.cli import bench, doctor, env, explain, export, generate, passes, recipes
 from ryzen_compile.cli.failure import INTERRUPTED, PIPE_CLOSED, TERMINATED, Failure, describe
 
 PROGRAM = "ryzen-compile"
 
 # In the order in which --help shows them.
-COMMANDS = (doctor.doctor, env.env)
+COMMANDS = (
+    export.export,
+    generate.generate,
+    bench.bench,
+    explain.explain,
+    passes.passes,
+    recipes.recipes,
+    doctor.doctor,
+    env.env,
+)
 
 app = typer.Typer(
     name=PROGRAM,

@@ -11,7 +11,7 @@ GIB = 1 << 30
 
 
 def env(as_json: output.JsonFlag = False) -> None:
-    """Print versions, processor, limits and memory: paste it into an issue."""
+    """Print versions, processor, limits and memory: paste it into a bug report."""
     from ryzen_compile.validate.machine import read_machine
 
     here = read_machine()
@@ -30,7 +30,7 @@ def env(as_json: output.JsonFlag = False) -> None:
         "Limits": f"processor quota {quota}, memory {limit}",
         "Memory": f"{here.memory_total / GIB:.1f} GiB, {here.memory_available / GIB:.1f} GiB available",
     }
-    output.stderr().print("Copy the text below into your issue:\n")
+    output.stderr().print("Copy the text below into your report:\n")
     lines = [f"- {name}: {printable(text)}" for name, text in facts.items()]
     lines += [f"- {name}: {version or 'not installed'}" for name, version in here.versions.items()]
     output.stdout().print("\n".join(lines), markup=False)

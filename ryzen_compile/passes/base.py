@@ -63,12 +63,16 @@ class Pass(ABC):
 
 
 class RewritePass(Pass):
-    """Visits every node that calls one of ``anchors``, in graph order, and rewrites where ``match`` says so."""
+    """Visits every node that calls one of ``anchors``, in graph order, and rewrites where ``match`` says so.
+
+    ``match`` returns what ``rewrite`` needs, a ``NoMatch`` for a near-miss worth telling, or none for a node that is not
+    this pass's business at all.
+    """
 
     anchors: ClassVar[tuple[object, ...]]
 
     @abstractmethod
-    def match(self, node: fx.Node, program: Program) -> object | NoMatch: ...
+    def match(self, node: fx.Node, program: Program) -> object | NoMatch | None: ...
 
     @abstractmethod
     def rewrite(self, edit: Edit, match: object) -> None: ...
@@ -80,6 +84,8 @@ class RewritePass(Pass):
             if not is_call(node, *self.anchors) or not node.users:
                 continue  # another match has already consumed it
             found = self.match(node, edit.program)
+            if found is None:
+                continue
             if isinstance(found, NoMatch):
                 misses.append(Site(found.node.name, module_path(found.node) or module_path(node), found.reason))
                 continue

@@ -40,14 +40,14 @@ class BindPositions(RewritePass):
     name: ClassVar[str] = "bind_positions"
     anchors = (aten.add.Tensor,)
 
-    def match(self, add: fx.Node, program: Program) -> Match | NoMatch:
-        probe = Probe(program)
+    def match(self, add: fx.Node, program: Program) -> Match | NoMatch | None:
         left, right = add.args[0], add.args[1]
         if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
-            return NoMatch("adds a number", add)
+            return None
+        probe = Probe(program)
         counted, x = (left, right) if left in probe.of_positions else (right, left)
         if counted not in probe.of_positions or x not in probe.of_tokens:
-            return NoMatch("does not add a function of the positions to a function of the tokens", add)
+            return None
         if probe.positions is None or _reads(counted, probe.positions):
             return NoMatch("already reads position_ids", counted)
         if len(shape(x)) != 3 or len(shape(counted)) not in (2, 3):

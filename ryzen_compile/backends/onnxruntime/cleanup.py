@@ -10,7 +10,7 @@ from onnx_ir import convenience
 from onnx_ir.passes import common
 
 from ryzen_compile.backends.onnxruntime.emit import CONTRIB
-from ryzen_compile.backends.onnxruntime.fold import is_foldable
+from ryzen_compile.backends.onnxruntime.fold import constant_nodes
 from ryzen_compile.program import module_path
 
 
@@ -46,11 +46,12 @@ def keep_one_table(graph: ir.Graph) -> None:
     ``FusedMatMul`` reads it transposed. ONNX Runtime packs either form for the multiplication when it loads the model,
     so speed and private memory are the same, and the file holds one copy instead of two.
     """
-    for node in list(graph):
-        if node.op_type != "Transpose" or not node.inputs or node.inputs[0] is None:
-            continue
+    constant = constant_nodes(graph)
+    for node in constant:
         table = node.inputs[0]
-        looked_up = table.is_initializer() and any(not is_foldable(user) for user, _ in table.uses())
+        if node.op_type != "Transpose" or table is None:
+            continue
+        looked_up = table.is_initializer() and any(user not in constant for user, _ in table.uses())
         readers = list(node.outputs[0].uses())
         if not looked_up or any(user.op_type != "MatMul" or index != 1 for user, index in readers):
             continue
@@ -78,6 +79,13 @@ def finish(model: ir.Model) -> None:
             name = f"{stem}_{serial}"
         taken.add(name)
         node.name = name
+        for output in node.outputs:
+            if len(node.outputs) > 1 and not output.uses() and not output.is_graph_output():
+                output.name = ""  # left out: the runtime need not compute it
+    for value in list(graph.initializers.values()):
+        reader, index = value.uses()[0]
+        if isinstance(value.const_value, ir.LazyTensor):
+            value.name = f"{reader.name}/input_{index}"  # folding invented it; its reader says what it is
     common.ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "ryzen_compile", None
     graph.name = "decoder"

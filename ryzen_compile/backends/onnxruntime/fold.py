@@ -39,26 +39,32 @@ BINARY: dict[str, Callable[[Array, Array], Array]] = {
 
 def fold_constants(graph: ir.Graph) -> int:
     """Replaces every node that reads constants only by lazy initializers; returns how many nodes went."""
-    folded = 0
-    results = set(graph.outputs)
-    for node in list(graph):
-        if not is_foldable(node) or not results.isdisjoint(node.outputs):
-            continue
+    nodes = constant_nodes(graph)
+    for node in nodes:
         operands = [None if value is None else value.const_value for value in node.inputs]
-        if any(value is not None and value.const_value is None for value in node.inputs):
-            continue
         for index, output in enumerate(node.outputs):
             _replace(graph, output, _lazy(node, operands, index))
         graph.remove(node, safe=True)
-        folded += 1
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
-    return folded
+    return len(nodes)
 
 
-def is_foldable(node: ir.Node) -> bool:
-    """Whether ``node`` is of a kind that folding knows; its inputs may still not be constants."""
+def constant_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes that read constants only, directly or through each other, in graph order."""
+    found: list[ir.Node] = []
+    constant = set(graph.initializers.values())
+    results = set(graph.outputs)
+    for node in graph:
+        inputs = [value for value in node.inputs if value is not None]
+        if _is_known(node) and constant.issuperset(inputs) and results.isdisjoint(node.outputs):
+            found.append(node)
+            constant.update(node.outputs)
+    return found
+
+
+def _is_known(node: ir.Node) -> bool:
     if node.domain != "" or not node.inputs:
         return False
     if node.op_type == "Div":  # ONNX rounds integer division towards zero, numpy down

@@ -1,0 +1,141 @@
+"""The artifact: a directory that this package, onnxruntime-genai and any plain ONNX Runtime can run.
+
+``write`` fills a staging directory and publishes it whole, manifest last; ``read`` checks everything before a session
+sees a byte of it. The layout is in ``ARCHITECTURE.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ryzen_compile.backends.onnxruntime.artifact_check import check_model
+from ryzen_compile.backends.onnxruntime.genai import GENAI_CONFIG_NAME, genai_config
+from ryzen_compile.errors import ArtifactError
+from ryzen_compile.manifest import listed_files, read_manifest, verify_files, write_manifest
+from ryzen_compile.publish import Staging
+from ryzen_compile.spec import CacheSlot, ModelSpec
+
+MODEL_NAME = "model.onnx"
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+REPORT_NAME = "report.json"
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What belongs to the model beside its graph. ``save_tokenizer`` writes the tokenizer's files into a directory."""
+
+    config: Mapping[str, Any] | None = None
+    generation_config: Mapping[str, Any] | None = None
+    save_tokenizer: Callable[[Path], object] | None = None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A directory that has passed every check."""
+
+    directory: Path
+    spec: ModelSpec
+    slots: tuple[CacheSlot, ...]
+    all_logits: bool
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any] | None = None
+    generation_config: Mapping[str, Any] | None = None
+    report: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def model(self) -> Path:
+        return self.directory / MODEL_NAME
+
+
+def write(
+    out: Path,
+    write_model: Callable[[Path], tuple[str, ...]],
+    *,
+    spec: ModelSpec,
+    slots: tuple[CacheSlot, ...],
+    all_logits: bool,
+    facts: Mapping[str, Any],
+    report: Any = None,
+    companions: Companions | None = None,
+    force: bool = False,
+) -> Path:
+    """Publishes an artifact at ``out``; ``write_model(directory)`` writes the graph and returns its input names.
+
+    Raises ``UsageError``, ``ArtifactError``, ``BusyError`` or ``ResourceError`` as ``Staging`` does; whatever was at
+    ``out`` before is then untouched.
+    """
+    companions = companions or Companions()
+    with Staging(out, force=force) as stage:
+        inputs = write_model(stage.path)
+        generation = dict(companions.generation_config or {})
+        special = {k: _first_known(k, generation, companions.config) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _dump(stage.path / GENAI_CONFIG_NAME, genai_config(spec, inputs=inputs, generation=generation, **special))
+        if companions.config is not None:
+            _dump(stage.path / CONFIG_NAME, companions.config)
+        if companions.generation_config is not None:
+            _dump(stage.path / GENERATION_CONFIG_NAME, companions.generation_config)
+        if companions.save_tokenizer is not None:
+            companions.save_tokenizer(stage.path)
+        if report is not None:
+            _dump(stage.path / REPORT_NAME, report.to_json())
+            (stage.path / "report.md").write_text(report.to_markdown(), encoding="utf-8")
+            (stage.path / "report.html").write_text(report.to_html(), encoding="utf-8")
+        described = {
+            **facts,
+            "spec": asdict(spec),
+            "slots": [asdict(slot) for slot in slots],
+            "all_logits": all_logits,
+        }
+        return stage.commit(lambda directory: write_manifest(directory, described))
+
+
+def read(directory: Path, *, digests: bool = True) -> Artifact:
+    """Checks the artifact at ``directory`` and returns what it says of itself.
+
+    ``digests=False`` skips the SHA-256 of every file (sizes and structure are still checked). Raises ``ArtifactError``,
+    ``TamperedError`` or ``UnsafeError``.
+    """
+    manifest = read_manifest(directory)
+    verify_files(directory, manifest, digests=digests)
+    check_model(directory, MODEL_NAME, listed=listed_files(manifest))
+    try:
+        spec = ModelSpec(**manifest["spec"])
+        slots = tuple(CacheSlot(**slot) for slot in manifest["slots"])
+        all_logits = bool(manifest["all_logits"])
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{directory.name}: the manifest does not describe the model: {error}") from error
+    return Artifact(
+        directory,
+        spec,
+        slots,
+        all_logits,
+        manifest,
+        _load(directory / CONFIG_NAME),
+        _load(directory / GENERATION_CONFIG_NAME),
+        _load(directory / REPORT_NAME),
+    )
+
+
+def _first_known(name: str, *sources: Mapping[str, Any] | None) -> Any:
+    return next((s[name] for s in sources if s and s.get(name) is not None), None)
+
+
+def _dump(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path.name} holds a {type(value).__name__}, expected an object")
+    return value

@@ -1,0 +1,182 @@
+"""OrtEngine: one ONNX Runtime session, its inputs and outputs bound to buffers that stay where they are.
+
+The cache's buffers are bound as past and as present at once, so a step appends in place and copies nothing. A decode
+step rebinds one input, the attention mask, because its length is part of its shape.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+from ryzen_compile.errors import ArtifactError, UnsupportedError, UsageError
+from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.spec import CacheSlot, ModelSpec
+
+LOAD_ERRORS = (native.Fail, native.InvalidArgument, native.InvalidGraph, native.InvalidProtobuf, native.NoSuchFile)
+KEPT_LOGITS = 1 << 22  # elements; a larger buffer, after a long prompt, is given back by the next small step
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """``threads`` None leaves the number to ONNX Runtime (one per physical core). ``spinning`` lets idle threads wait
+    busily: fastest alone, wasteful in company. ``profile`` records every node's time; see ``OrtEngine.end_profile``."""
+
+    threads: int | None = None
+    spinning: bool = True
+    profile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads must be at least 1, got {self.threads}")
+
+
+class OrtEngine:
+    """An ``Engine`` over the model at ``path``; ``slots`` are the model's own, heads padded where it pads them.
+
+    Raises ``ArtifactError`` when the file cannot be loaded and ``UnsupportedError`` when it lacks an input that the
+    slots call for.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(
+        self,
+        path: Path,
+        spec: ModelSpec,
+        slots: tuple[CacheSlot, ...],
+        options: SessionOptions = SessionOptions(),  # noqa: B008 - frozen
+    ) -> None:
+        self.spec = spec
+        self.slots = slots
+        self._session: Any = _open(path, options)
+        self._binding = self._session.io_binding()
+        self._directory: tempfile.TemporaryDirectory | None = None
+        known = {value.name for value in (*self._session.get_inputs(), *self._session.get_outputs())}
+        logits = next(value for value in self._session.get_outputs() if value.name == "logits")
+        self.all_logits = logits.shape[1] != 1
+        self._past = [(f"past_key_values.{i}.key", f"past_key_values.{i}.value") for i in range(len(slots))]
+        self._present = [(f"present.{i}.key", f"present.{i}.value") for i in range(len(slots))]
+        wanted = {"input_ids", "attention_mask", *sum(self._past, ()), *sum(self._present, ())}
+        if missing := wanted - known:
+            raise UnsupportedError(f"{path} has no {', '.join(sorted(missing))}", hint="export the model again")
+        self._has_positions = "position_ids" in known
+        self._tokens = self._positions = np.empty((0, 0), np.int64)
+        self._ones = np.empty(0, np.int64)
+        self._flat_logits = self._logits = np.empty(0, np.float32)
+        self._bound: tuple[Any, ...] = ()
+        self._cache: weakref.ref[KVCache] | None = None
+
+    def keep(self, directory: tempfile.TemporaryDirectory) -> None:
+        """Ties a temporary directory that holds the model to this engine's life."""
+        self._directory = directory
+
+    def step(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
+        """See ``Engine.step``. The array returned is overwritten by the next step.
+
+        Raises ``UsageError`` when the cache has no room for the tokens, and for several new tokens in several rows that
+        hold some already, which the operator cannot do.
+        """
+        batch, new = tokens.shape
+        longest = int(cache.lengths.max())
+        total = longest + new
+        if total > cache.capacity or batch != cache.batch:
+            raise UsageError(
+                f"{new} tokens for {batch} rows do not fit a cache of {cache.batch} rows that holds {longest} of "
+                f"{cache.capacity} tokens",
+                hint="reserve room before the step",
+            )
+        if batch > 1 and new > 1 and longest:
+            raise UsageError(
+                f"{new} new tokens in {batch} rows that hold {longest} already", hint="step row by row, with cache.row"
+            )
+        if (batch, new) != self._tokens.shape:
+            self._bind_shape(batch, new)
+        self._tokens[:] = tokens
+        if self._has_positions:
+            np.add(cache.lengths[:, None], np.arange(new), out=self._positions)
+        mask = self._mask(cache, batch, new, total)
+        self._bind("attention_mask", mask)
+        self._bind_cache(cache)
+        self._session.run_with_iobinding(self._binding)
+        return self._logits
+
+    def close(self) -> None:
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        self._session = None
+        self._cache = None
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None
+
+    def end_profile(self) -> Path:
+        """Stops recording, and returns the trace (Chrome's format) that it wrote to the temporary directory."""
+        return Path(self._session.end_profiling())
+
+    def _mask(self, cache: KVCache, batch: int, new: int, total: int) -> np.ndarray:
+        """(B, total) int64 whose rows sum to the rows' lengths; ones alone when all are of one length."""
+        if batch * total > self._ones.size:
+            self._ones = np.ones(batch * cache.capacity, np.int64)
+        if batch == 1 or int(cache.lengths.min()) + new == total:
+            return self._ones[: batch * total].reshape(batch, total)
+        self._padded = (np.arange(total) < cache.lengths[:, None] + new).astype(np.int64)
+        return self._padded
+
+    def _bind_shape(self, batch: int, new: int) -> None:
+        """Buffers for tokens, positions and logits, bound once per shape."""
+        self._tokens = np.empty((batch, new), np.int64)
+        self._bind("input_ids", self._tokens)
+        if self._has_positions:
+            self._positions = np.empty((batch, new), np.int64)
+            self._bind("position_ids", self._positions)
+        shape = (batch, new if self.all_logits else 1, self.spec.vocab)
+        size = shape[0] * shape[1] * shape[2]
+        if not size <= self._flat_logits.size <= max(size, KEPT_LOGITS):
+            self._flat_logits = np.empty(size, np.float32)
+        self._logits = self._flat_logits[:size].reshape(shape)
+        self._bind("logits", self._logits, output=True)
+
+    def _bind_cache(self, cache: KVCache) -> None:
+        """Past and present of every slot; skipped while the buffers are those of the step before."""
+        state = (_pointer(cache.keys[0]), cache.capacity, cache.batch)
+        if self._cache is not None and self._cache() is cache and state == self._bound:
+            return
+        for index, buffers in enumerate(zip(cache.keys, cache.values, strict=True)):
+            for past, present, buffer in zip(self._past[index], self._present[index], buffers, strict=True):
+                if not buffer.flags.c_contiguous:
+                    raise UsageError(f"the cache buffer for {past} is not contiguous")
+                self._bind(past, buffer)
+                self._bind(present, buffer, output=True)
+        self._cache, self._bound = weakref.ref(cache), state
+
+    def _bind(self, name: str, array: np.ndarray, *, output: bool = False) -> None:
+        bind = self._binding.bind_output if output else self._binding.bind_input
+        bind(name, "cpu", 0, array.dtype.type, array.shape, _pointer(array))
+
+
+def _pointer(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _open(path: Path, options: SessionOptions) -> Any:
+    native_options = onnxruntime.SessionOptions()
+    native_options.log_severity_level = 3  # errors: what we can act on is raised
+    native_options.intra_op_num_threads = options.threads or 0
+    native_options.inter_op_num_threads = 1
+    native_options.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
+    if options.profile:
+        native_options.enable_profiling = True
+        native_options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "ryzen_compile")
+    try:
+        return onnxruntime.InferenceSession(str(path), native_options, providers=["CPUExecutionProvider"])
+    except LOAD_ERRORS as error:
+        first = str(error).strip().splitlines()[0]
+        raise ArtifactError(f"ONNX Runtime cannot load {path}: {first[:300]}", hint="export the model again") from error

@@ -1,0 +1,48 @@
+"""``ryzen-compile explain TARGET``: what every pass did to a model, what it left alone, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ryzen_compile.cli import output
+
+
+def explain(
+    target: Annotated[str, typer.Argument(help="An artifact directory, a model directory or a hub id.")],
+    recipe: Annotated[str, typer.Option(help="Recipe, when TARGET is a model.")] = "fp32",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Show hits, near-misses with their reasons, operators before and after, time and error of every pass."""
+    from ryzen_compile.manifest import MANIFEST_NAME
+
+    directory = Path(target)
+    if (directory / MANIFEST_NAME).exists():
+        from ryzen_compile.backends.onnxruntime.artifact import REPORT_NAME, read
+
+        found = read(directory, digests=False)
+        if as_json:
+            output.print_json(found.report)
+        else:
+            stored = directory / "report.md"
+            typer.echo(stored.read_text(encoding="utf-8") if stored.exists() else json.dumps(found.report, indent=2))
+            output.stderr().print(f"from {directory / REPORT_NAME}", markup=False)
+        return
+    from ryzen_compile.api import read_source, rewrite
+    from ryzen_compile.cli.narrate import narrated
+    from ryzen_compile.config import find_recipe
+    from ryzen_compile.pipeline import default_passes
+
+    chosen = find_recipe(recipe)
+    with narrated(len(default_passes(chosen)), quiet=quiet or as_json) as progress:
+        source = read_source(target, progress=progress)
+        _, report = rewrite(source.model, chosen, verify=not no_verify, progress=progress)
+    if as_json:
+        output.print_json(report.to_json())
+    else:
+        typer.echo(report.to_text(), nl=False)

@@ -1,0 +1,53 @@
+"""``ryzen-compile export MODEL OUT``: a model directory or hub id becomes an artifact directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ryzen_compile.cli import output
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Model directory or hub id (safetensors).")],
+    out: Annotated[Path, typer.Argument(help="Directory to create.")],
+    recipe: Annotated[str, typer.Option(help="How to optimize: see `ryzen-compile recipes`.")] = "fp32",
+    context: Annotated[int | None, typer.Option(min=1, help="Positions to make it for; default: the model's.")] = None,
+    logits: Annotated[str | None, typer.Option(help="'last' (generation) or 'all' (scoring text).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate after each pass.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use the hub cache only.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Capture MODEL, rewrite it pass by pass under the parity gate, and write an ONNX artifact to OUT."""
+    from ryzen_compile.api import export as write
+    from ryzen_compile.cli.narrate import narrated
+    from ryzen_compile.config import find_recipe
+    from ryzen_compile.pipeline import default_passes
+    from ryzen_compile.validate.table import human_size
+
+    chosen = find_recipe(recipe, context=context, logits=logits)
+    with narrated(len(default_passes(chosen)), quiet=quiet or as_json) as progress:
+        report = write(
+            model,
+            out,
+            chosen,
+            force=force,
+            verify=not no_verify,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            local_files_only=True if offline else None,
+            progress=progress,
+        )
+    if as_json:
+        output.print_json({"artifact": str(out), "report": report.to_json()})
+        return
+    size = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
+    console = output.stdout()
+    console.print(report.to_text(misses=False), markup=False)
+    console.print(f"wrote {out} ({human_size(size)})", markup=False)

@@ -1,0 +1,95 @@
+"""``ryzen-compile generate ARTIFACT [PROMPT]``: the continuation of a prompt, streamed to stdout."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ryzen_compile.cli import output
+
+
+def generate(
+    artifact: Annotated[Path, typer.Argument(help="Artifact directory.")],
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; read from stdin when absent.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", help="At most so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this mass.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens this likely relative to the likeliest.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop after this text; may be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads of ONNX Runtime.")] = None,
+    no_digests: Annotated[bool, typer.Option("--no-digests", help="Do not hash the weights before use.")] = False,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Continue PROMPT with the model in ARTIFACT; tokens appear as they are made."""
+    from ryzen_compile.api import load
+    from ryzen_compile.errors import ArtifactError
+    from ryzen_compile.runtime.generate import GenerationStats
+
+    text = sys.stdin.read() if prompt is None else prompt
+    sampling = {
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop_strings": stop or None,
+        "seed": seed,
+    }
+    if temperature:
+        sampling |= {"do_sample": True, "temperature": temperature}
+    with load(artifact, threads=threads, digests=not no_digests) as model:
+        if model.tokenizer is None:
+            raise ArtifactError(f"{artifact} holds no tokenizer.json", hint="generate from ids through the Python API")
+        ids = model.tokenizer(text)["input_ids"]
+        stats = GenerationStats()
+        printer = None if as_json else _Printer(model.tokenizer)
+        given = {name: value for name, value in sampling.items() if value is not None}
+        result = model.generate(ids, max_new_tokens=max_new_tokens, streamer=printer, stats=stats, **given)
+        new = result[0, ids.shape[1] :].tolist()
+        if as_json:
+            output.print_json(
+                {
+                    "prompt_tokens": int(ids.shape[1]),
+                    "new_tokens": len(new),
+                    "text": model.tokenizer.decode(new, skip_special_tokens=True),
+                    "ids": new,
+                    "time_to_first_token_s": stats.time_to_first_token,
+                    "decode_tokens_per_s": stats.decode_tokens / stats.decode_seconds if stats.decode_seconds else None,
+                }
+            )
+            return
+    rate = f"{stats.decode_tokens / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds else "one token"
+    output.stderr().print(f"[{len(new)} tokens, first after {stats.time_to_first_token * 1e3:.0f} ms, {rate}]", markup=False)
+
+
+class _Printer:
+    """Prints text as soon as it can no longer change: a character may need several tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+        self._prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self._ids.extend(int(i) for i in value.reshape(-1))
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            self._write(text)
+
+    def end(self) -> None:
+        self._write(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        typer.echo()
+
+    def _write(self, text: str) -> None:
+        typer.echo(text[self._shown :], nl=False)
+        sys.stdout.flush()
+        self._shown = len(text)
