@@ -67,7 +67,8 @@ def optimize(
     )
     saver = None
     if backend == "onnxruntime":
-        from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend, SessionOptions
+        from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend
+        from ryzen_compile.backends.onnxruntime.session import SessionOptions
 
         _say(progress, "compile")
         engine = OnnxRuntimeBackend().compile(program, options=SessionOptions(threads=threads))
@@ -122,14 +123,12 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, digests: b
 
     ``digests=False`` skips hashing the weights. Raises ``ArtifactError``, ``TamperedError`` or ``UnsafeError``.
     """
-    from ryzen_compile.backends.onnxruntime import SessionOptions, artifact
-    from ryzen_compile.backends.onnxruntime.session import OrtEngine
+    from ryzen_compile.backends.onnxruntime import artifact
+    from ryzen_compile.backends.onnxruntime.session import OrtEngine, SessionOptions
 
     directory = Path(path)
     found = artifact.read(directory, digests=digests)
-    engine = OrtEngine(
-        found.model, found.spec, found.slots, all_logits=found.all_logits, options=SessionOptions(threads=threads)
-    )
+    engine = OrtEngine(found.model, found.spec, found.slots, SessionOptions(threads=threads))
 
     def saver(target: Path, force: bool) -> None:
         _copy_artifact(found, target, force)
@@ -207,20 +206,20 @@ def _write_artifact(
 ) -> None:
     from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend, artifact
     from ryzen_compile.backends.onnxruntime.lowering import cache_slots
+    from ryzen_compile.validate.machine import read_versions
 
     backend = OnnxRuntimeBackend()
     facts = {
         "source": {"name": Path(source.name).name, **program.provenance},
         "recipe": recipe.model_dump(),
         "passes": report.hits(),
-        "libraries": backend.versions(),
+        "versions": read_versions(),
     }
     artifact.write(
         out,
         lambda directory: backend.write(program, directory),
         spec=program.spec,
         slots=cache_slots(program.slots),
-        all_logits=recipe.logits == "all",
         facts=facts,
         report=report,
         companions=_companions(source),

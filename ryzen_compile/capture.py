@@ -22,10 +22,12 @@ from torch.export import Dim, ExportedProgram
 from ryzen_compile import ops
 from ryzen_compile.errors import CaptureError, ConfigError, UnsupportedError
 from ryzen_compile.mask_spec import MaskSpec, read_mask
-from ryzen_compile.program import Program, is_call, shape
+from ryzen_compile.program import NAMESPACES, Program, is_call, module_path, shape
 from ryzen_compile.spec import ModelSpec
 
 ATTENTION = "ryzen"
+EXPERTS = "batched_mm"  # experts as gathers and products; the other forms loop over data or call a private operator
+SWITCHES = ("_attn_implementation", "_experts_implementation")
 aten = torch.ops.aten
 ASSERTIONS = (
     aten._assert_tensor_metadata.default,
@@ -59,7 +61,7 @@ def capture(model: nn.Module, *, context: int | None = None) -> Program:
     model.eval()
     try:
         with _attention_recorder(model) as honoured:
-            exported = _export(_wrap(model))
+            exported = _export(_wrap(model), limit)
     finally:
         model.train(training)
     spec = _read_spec(model, exported, limit)
@@ -95,8 +97,9 @@ def _wrap(model: nn.Module) -> _WithPositions:
     return _WithPositions(model, "position_ids" in names, "use_cache" in names)
 
 
-def _export(wrapped: _WithPositions) -> ExportedProgram:
-    batch, tokens = Dim("batch"), Dim("tokens")
+def _export(wrapped: _WithPositions, context: int) -> ExportedProgram:
+    # A table or mask of the context's size bounds the tokens; at exactly that size its slice is none, a case of its own.
+    batch, tokens = Dim("batch"), Dim("tokens", max=max(context - 1, 8))
     ids = torch.zeros((2, 7), dtype=torch.long)  # sizes of one would be specialised to one
     positions = torch.arange(7).repeat(2, 1)
     dynamic = {"input_ids": {0: batch, 1: tokens}, "position_ids": {0: batch, 1: tokens}}
@@ -108,11 +111,20 @@ def _export(wrapped: _WithPositions) -> ExportedProgram:
     except (UnsupportedError, CaptureError):
         raise
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError, IndexError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = " ".join(str(error).split()) or type(error).__name__
         raise CaptureError(
             f"torch.export could not trace {type(wrapped.model_to_capture).__name__}: {first[:300]}",
             hint="the whole trace is in this error's __cause__; data-dependent control flow is the usual reason",
         ) from error
+
+
+def _refuse_foreign(exported: ExportedProgram) -> None:
+    for node in exported.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in NAMESPACES:
+            raise UnsupportedError(
+                f"node {node.name} in {module_path(node) or 'the model'} calls {node.target}, expected an ATen operator",
+                hint="a private operator cannot be rewritten or exported; is there a setting that avoids it?",
+            )
 
 
 def _without_assertions(exported: ExportedProgram) -> ExportedProgram:
@@ -120,6 +132,7 @@ def _without_assertions(exported: ExportedProgram) -> ExportedProgram:
     for node in list(exported.graph.nodes):
         if is_call(node, *ASSERTIONS):
             exported.graph.erase_node(node)
+    _refuse_foreign(exported)
     exported.graph_module.recompile()
     return exported
 
@@ -142,9 +155,10 @@ def _attention_recorder(model: nn.Module) -> Iterator[bool]:
 
     AttentionInterface.register(ATTENTION, _attention_function)
     AttentionMaskInterface.register(ATTENTION, _mask_function())
-    configs = _configs(model)
-    before = [(config, config._attn_implementation) for config in configs]
+    before = [(config, name, getattr(config, name)) for config in _configs(model) for name in SWITCHES if hasattr(config, name)]
     try:
+        if hasattr(model, "set_experts_implementation") and hasattr(model.config, SWITCHES[1]):
+            model.set_experts_implementation(EXPERTS)
         try:
             model.set_attn_implementation(ATTENTION)
         except (ValueError, AttributeError, KeyError):
@@ -154,8 +168,8 @@ def _attention_recorder(model: nn.Module) -> Iterator[bool]:
             model.set_attn_implementation("eager")
         yield honoured
     finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
+        for config, name, implementation in before:
+            setattr(config, name, implementation)
         AttentionInterface._global_mapping.pop(ATTENTION, None)
         AttentionMaskInterface._global_mapping.pop(ATTENTION, None)
 

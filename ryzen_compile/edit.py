@@ -7,8 +7,9 @@ inherited from the node being replaced, and the pass's name is added to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import operator
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -37,17 +38,11 @@ class Edit:
         self._slots = program.slots
         self.spec = program.spec
         self._added: dict[str, fx.Node] = {}
-        self.touched = 0
 
     @property
     def program(self) -> Program:
         """The Program under edit, for reading."""
         return self._program
-
-    @contextmanager
-    def at(self, before: fx.Node) -> Iterator[None]:
-        with self.graph.inserting_before(before):
-            yield
 
     def call(self, target: Callable, *args: object, before: fx.Node, like: fx.Node | None = None) -> fx.Node:
         """Adds ``target(*args)`` before ``before``; provenance comes from ``like`` (default ``before``)."""
@@ -62,8 +57,6 @@ class Edit:
 
     def item(self, source: fx.Node, index: int, *, before: fx.Node) -> fx.Node:
         """Adds ``source[index]`` for a node with several results."""
-        import operator
-
         with self.graph.inserting_before(before):
             node = self.graph.call_function(operator.getitem, (source, index))
         node.meta["val"] = source.meta["val"][index]
@@ -72,14 +65,12 @@ class Edit:
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Gives every reader of ``old`` the value ``new``; the old node dies unless it still has readers."""
-        self.touched += 1
         old.replace_all_uses_with(new)
         if not old.users and old.op == "call_function":
             self.graph.erase_node(old)
 
     def swap_argument(self, node: fx.Node, old: fx.Node, new: fx.Node) -> None:
         """Makes one reader read ``new`` where it read ``old``."""
-        self.touched += 1
         node.replace_input_with(old, new)
 
     def add_constant(self, name: str, value: Tensor) -> fx.Node:
@@ -93,7 +84,7 @@ class Edit:
         while unique in taken or unique in self._state:
             serial += 1
             unique = f"{name}_{serial}"
-        node = self._placeholder(unique, self._fake.from_tensor(value), before=self._first_user_input())
+        node = self._placeholder(unique, self._fake.from_tensor(value, static_shapes=True), before=self._first_user_input())
         self._state[unique] = value
         self._added[unique] = node
         specs = self._signature.input_specs
@@ -122,7 +113,6 @@ class Edit:
         results[index] = node
         output.args = (tuple(results),)
         self._signature.output_specs[index] = OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
-        self.touched += 1
 
     def remove_input(self, node: fx.Node) -> None:
         """Removes a user input or weight that nothing reads."""
@@ -165,8 +155,6 @@ class Edit:
                 spec.arg.name = node.name
         self.graph.lint()
         done = self._program.with_graph(self.graph, self._state, self._constants, self._signature)
-        from dataclasses import replace
-
         return replace(done, slots=self._slots)
 
     def _stamp(self, node: fx.Node, like: fx.Node) -> None:
@@ -174,7 +162,6 @@ class Edit:
             if key in like.meta:
                 node.meta[key] = like.meta[key]
         node.meta["rewritten_by"] = self._by
-        self.touched += 1
 
     def _first_user_input(self) -> fx.Node:
         return self._program.inputs[0]

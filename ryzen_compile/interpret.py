@@ -10,8 +10,6 @@ from torch.fx.node import map_arg
 
 from ryzen_compile.program import Program
 
-WIDER = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
-
 
 def interpret(
     program: Program,
@@ -41,9 +39,11 @@ def interpret(
                 continue
             args = map_arg(node.args, values.__getitem__)
             kwargs = map_arg(node.kwargs, values.__getitem__)
-            if double and kwargs.get("dtype") in WIDER:
-                kwargs = {**kwargs, "dtype": torch.float64}
-            values[node] = node.target(*args, **kwargs)
+            if double:
+                args = tuple(map(_widen, args))
+                kwargs = {name: _widen(value) for name, value in kwargs.items()}
+            value = node.target(*args, **kwargs)
+            values[node] = _widen(value) if double else value  # constructors make float32 unasked
             if watch is not None:
                 watch(node, values[node])
             for source in node.all_input_nodes:
@@ -53,6 +53,9 @@ def interpret(
 
 
 def _widen(value: object) -> object:
+    """Floating-point tensors and types as float64; everything else as it is."""
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else value
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

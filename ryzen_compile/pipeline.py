@@ -106,7 +106,7 @@ def _run_one(
         raise PassError(f"pass {pass_.name} failed after {ran}: {type(error).__name__}: {error}") from error
     seconds = time.perf_counter() - started
     if pass_.required and not result.changed:
-        raise _required_failure(pass_, result)
+        raise _required_failure(pass_, result, before)
     if not result.changed or gate is None:
         return result.program, _record(pass_, "applied" if result.changed else "unchanged", program, result, seconds)
     rmse, max_error, within = gate.measure(result.program)
@@ -121,13 +121,17 @@ def _run_one(
     return program, _record(pass_, "rolled back", program, rolled, seconds, max_error, rmse, detail)
 
 
-def _required_failure(pass_: Pass, result: PassResult) -> UnsupportedError:
-    if not result.misses:
-        return UnsupportedError(f"{pass_.name} found nothing to rewrite: the graph holds no attention that it knows")
-    site = result.misses[0]
+def _required_failure(pass_: Pass, result: PassResult, before: Sequence[PassRecord]) -> UnsupportedError:
+    """Names the first place that stopped ``pass_``: its own miss, or one of the pass that it builds on."""
+    source, misses = pass_.name, result.misses
+    if not misses:
+        source, misses = next(((r.name, r.misses) for r in before if r.name == pass_.builds_on), (source, ()))
+    if not misses:
+        return UnsupportedError(f"{pass_.name} found nothing to rewrite: the graph holds no attention")
+    site = misses[0]
     return UnsupportedError(
-        f"{pass_.name} cannot rewrite node {site.node} in {site.module or 'the model'}: {site.note}",
-        hint=f"{len(result.misses)} such place(s); `ryzen-compile explain` lists them",
+        f"{source} cannot rewrite node {site.node} in {site.module or 'the model'}: {site.note}",
+        hint=f"{len(misses)} such place(s), and {pass_.name} needs every one",
     )
 
 

@@ -7,7 +7,7 @@ what comes out. The spelling then does not matter, and neither does the release 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -57,8 +57,14 @@ class Probe:
             raise TypeError(f"{target.name} is not a tensor")
         return result
 
-    def common_source(self, exit_: fx.Node, expandable: frozenset[object]) -> tuple[fx.Node, set[fx.Node]] | None:
-        """The nearest node that every token-dependent path into ``exit_`` goes through, and the nodes between.
+    def common_source(
+        self,
+        exit_: fx.Node,
+        expandable: frozenset[object],
+        until: Callable[[fx.Node], bool] = lambda _: True,
+    ) -> tuple[fx.Node, set[fx.Node]] | None:
+        """The nearest tensor that every token-dependent path into ``exit_`` goes through and that ``until`` accepts, and
+        the nodes between.
 
         Walks back, latest node first, through calls of ``expandable`` overload packets only; none when the walk has to
         cross anything else.
@@ -66,7 +72,7 @@ class Probe:
         frontier, region = {exit_}, set()
         while True:
             latest = max(frontier, key=self.order.__getitem__)
-            if len(frontier) == 1 and region:
+            if len(frontier) == 1 and region and isinstance(latest.meta["val"], Tensor) and until(latest):
                 return latest, region
             packet = getattr(latest.target, "overloadpacket", latest.target)
             if latest.op != "call_function" or packet not in expandable:

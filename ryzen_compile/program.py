@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from ryzen_compile.spec import CacheSlot, ModelSpec
 
+NAMESPACES = ("aten", "ryzen")  # of the operators a Program may hold
 WEIGHT_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})
 
 
@@ -131,7 +132,9 @@ def is_call(node: object, *targets: object) -> bool:
 
 
 def shape(node: fx.Node) -> tuple:
-    return tuple(node.meta["val"].shape)
+    """The node's dims, symbolic ones as symbols; empty for a value that is no tensor (a split, a size)."""
+    value = node.meta["val"]
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def module_path(node: fx.Node) -> str:

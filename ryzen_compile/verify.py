@@ -14,9 +14,8 @@ import torch
 from torch import fx
 
 from ryzen_compile.errors import PassError
-from ryzen_compile.program import Program, module_path
+from ryzen_compile.program import NAMESPACES, Program, module_path
 
-NAMESPACES = ("aten", "ryzen")
 ARITHMETIC_MODULES = (operator.__name__, "_operator", math.__name__, builtins.__name__, "torch.utils._sympy.functions")
 
 

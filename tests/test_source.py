@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ryzen_compile import source
 from ryzen_compile.errors import ModelError, ResourceError, RyzenCompileError, UnsafeError, UsageError
-from ryzen_compile.source import TensorEntry, check_safetensors, inspect, load_model, resolve
+from ryzen_compile.safetensors_header import TensorEntry, check_safetensors
+from ryzen_compile.source import inspect, load_model, resolve
 
 
 def safetensors_bytes(header: object, data: bytes = b"", length: int | None = None) -> bytes:

@@ -63,12 +63,12 @@ CASES = (
     Case("phi", {"partial_rotary_factor": 0.5}, _hits(4, 3, 2, 2, 2)),
     Case("phi3", {"sliding_window": WINDOW}, _hits(4, 5, 4, 0, 2)),
     Case("gpt2", {"n_embd": 64, "n_layer": LAYERS, "n_head": 4, "n_positions": CONTEXT, "n_inner": 96},
-         _hits(0, 5, 4, 0, 2), kv_heads=4),
+         _hits(0, 5, 5, 0, 2), kv_heads=4),
     Case("gpt_neox", {"rotary_pct": 0.25}, _hits(4, 5, 2, 0, 2), kv_heads=4),
-    Case("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}, _hits(0, 5, 4, 2, 2), kv_heads=4),
+    Case("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}, _hits(0, 5, 1, 2, 2), kv_heads=4),
     Case("granite", {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
          _hits(4, 5, 4, 4, 2)),
-    Case("olmo2", hits=_hits(4, 9, 4, 4, 2)),
+    Case("olmo2", hits=_hits(4, 9, 1, 4, 2)),
     Case("smollm3", {"no_rope_layers": [1, 0]}, _hits(2, 5, 4, 4, 2)),
     Case("stablelm", {"partial_rotary_factor": 0.25}, _hits(4, 5, 4, 4, 2)),
     Case("starcoder2", {"sliding_window": WINDOW}, _hits(4, 5, 4, 2, 2)),
@@ -76,7 +76,7 @@ CASES = (
          _hits(2, 3, 2, 4, 2)),
     Case("glm4", {"head_dim": 16, "partial_rotary_factor": 0.5}, _hits(4, 9, 4, 2, 2)),
     Case("exaone4", {"head_dim": 16, "sliding_window": WINDOW, "sliding_window_pattern": 2,
-                     "layer_types": ["sliding_attention", "full_attention"]}, _hits(2, 9, 4, 4, 2)),
+                     "layer_types": ["sliding_attention", "full_attention"]}, _hits(2, 9, 1, 4, 2)),
 )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ A backend's libraries are imported when the backend is asked for, so importing t
 from __future__ import annotations
 
 from importlib import import_module
-from typing import cast
 
 from ryzen_compile.backends.base import Backend, Capability
 from ryzen_compile.errors import UsageError
@@ -23,7 +22,8 @@ def get_backend(name: str) -> Backend:
     if name not in CANDIDATES:
         raise UsageError(f"there is no backend {name!r}", hint=f"use one of {', '.join(CANDIDATES)}")
     module, attribute = CANDIDATES[name]
-    return cast(Backend, getattr(import_module(module), attribute)())
+    backend: Backend = getattr(import_module(module), attribute)()
+    return backend
 
 
 __all__ = ["CANDIDATES", "Backend", "Capability", "get_backend"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ryzen_compile.program import Program
 from ryzen_compile.runtime.engine import Engine
+
+if TYPE_CHECKING:  # a Program needs torch, which opening an artifact does not
+    from ryzen_compile.program import Program
 
 
 @dataclass(frozen=True)

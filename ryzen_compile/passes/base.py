@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Generic, Literal, TypeVar
 
 from torch import fx
 
@@ -17,6 +17,7 @@ from ryzen_compile.edit import Edit
 from ryzen_compile.program import Program, is_call, module_path
 
 Promise = Literal["exact", "lossy"]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,15 @@ class Pass(ABC):
     name: ClassVar[str]
     promise: ClassVar[Promise] = "exact"
     produces: ClassVar[frozenset[str]] = frozenset()
-    required: ClassVar[bool] = False  # rolling it back leaves nothing that can run: a failure is an error
+    required: ClassVar[bool] = False  # without it nothing can run: a failure is an error
+    builds_on: ClassVar[str] = ""  # the pass whose misses explain why this one found nothing
 
     @abstractmethod
     def run(self, program: Program) -> PassResult:
         """Returns the rewritten Program; the given one is left as it was."""
 
 
-class RewritePass(Pass):
+class RewritePass(Pass, Generic[Found]):
     """Visits every node that calls one of ``anchors``, in graph order, and rewrites where ``match`` says so.
 
     ``match`` returns what ``rewrite`` needs, a ``NoMatch`` for a near-miss worth telling, or none for a node that is not
@@ -72,10 +74,10 @@ class RewritePass(Pass):
     anchors: ClassVar[tuple[object, ...]]
 
     @abstractmethod
-    def match(self, node: fx.Node, program: Program) -> object | NoMatch | None: ...
+    def match(self, node: fx.Node, program: Program) -> Found | NoMatch | None: ...
 
     @abstractmethod
-    def rewrite(self, edit: Edit, match: object) -> None: ...
+    def rewrite(self, edit: Edit, m: Found) -> None: ...
 
     def run(self, program: Program) -> PassResult:
         edit = Edit(program, self.name)

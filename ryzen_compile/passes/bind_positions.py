@@ -34,7 +34,7 @@ class Match:
     table: Tensor
 
 
-class BindPositions(RewritePass):
+class BindPositions(RewritePass[Match]):
     """``x + table[:T]``  ->  ``x + embedding(table, position_ids)``."""
 
     name: ClassVar[str] = "bind_positions"

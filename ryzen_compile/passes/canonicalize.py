@@ -68,6 +68,18 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     )
 
 
+def _read_size_once(edit: Edit, node: fx.Node) -> fx.Node | None:
+    """A size that the token ids have too is read off them: other inputs may then turn out to be needless."""
+    ids = edit.program.inputs[0]
+    if node.args[0] is ids:
+        return None
+    for dim, size in enumerate(shape(ids)):
+        if statically_known_true(size == node.meta["val"]):
+            first = next(n for n in edit.graph.nodes if n.op == "call_function")
+            return edit.call(aten.sym_size.int, ids, dim, before=first, like=node)
+    return None
+
+
 def _drop(edit: Edit, node: fx.Node) -> fx.Node:
     return node.args[0]
 
@@ -195,6 +207,7 @@ def _reshape_rule(edit: Edit, node: fx.Node) -> fx.Node | None:
 
 
 RULES: tuple[tuple[tuple[object, ...], Callable[[Edit, fx.Node], fx.Node | None]], ...] = (
+    ((aten.sym_size,), _read_size_once),
     (COPIES, _drop),
     ((aten._to_copy,), _drop_if_same_type),
     ((aten.view, aten.reshape, aten._unsafe_view), _reshape_rule),

@@ -13,7 +13,6 @@ that merely repeat each kv head for its query heads are taken before the repetit
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,7 +39,8 @@ SCORES = frozenset((aten.mul, aten.div, aten.add, aten.sub, aten.neg, aten.tanh,
 
 @dataclass(frozen=True)
 class Match:
-    """``heads_first`` tells whether the replaced value is (B, H, T, D) or (B, T, H, D)."""
+    """``heads_first`` tells whether the replaced value is (B, H, T, D) or (B, T, H, D); ``k_order`` is the permutation
+    that makes ``k`` (B, K, T, D)."""
 
     out: fx.Node
     q: fx.Node
@@ -51,16 +51,17 @@ class Match:
     softcap: float
     mask: MaskSpec
     heads_first: bool
+    k_order: tuple[int, ...] = (0, 1, 2, 3)
 
 
-class FuseAttention(RewritePass):
+class FuseAttention(RewritePass[Match]):
     """``softmax(mask(scale Q Kᵀ)) V``  ->  ``attention(q, k, v, scale, window, softcap, causal)``."""
 
     name: ClassVar[str] = "fuse_attention"
     produces: ClassVar[frozenset[str]] = frozenset({"ryzen::attention"})
     anchors = (captured, aten.scaled_dot_product_attention, aten.softmax, aten._softmax)
 
-    def match(self, node: fx.Node, program: Program) -> Match | NoMatch:
+    def match(self, node: fx.Node, program: Program) -> Match | NoMatch | None:
         probe = Probe(program)
         try:
             if node.target is captured:
@@ -72,10 +73,16 @@ class FuseAttention(RewritePass):
             return NoMatch(error.message, node)
 
     def rewrite(self, edit: Edit, m: Match) -> None:
+        k = m.k
+        if m.k_order != (0, 1, 2, 3):
+            k = edit.call(aten.permute.default, k, list(m.k_order), before=m.out)
         out = edit.call(
-            ops.attention, m.q, m.k, m.v, m.sinks, m.scale, m.mask.window, m.softcap, m.mask.causal, before=m.out
+            ops.attention, m.q, k, m.v, m.sinks, m.scale, m.mask.window, m.softcap, m.mask.causal, before=m.out
         )
         if m.heads_first:
+            for reader in list(m.out.users):
+                if is_call(reader, aten.permute) and list(reader.args[1]) == [0, 2, 1, 3]:
+                    edit.replace(reader, out)  # it put the heads back where the new operator leaves them
             out = edit.call(aten.permute.default, out, [0, 2, 1, 3], before=m.out)
         edit.replace(m.out, out)
 
@@ -112,29 +119,34 @@ def _match_sdpa(node: fx.Node, probe: Probe, context: int) -> Match | NoMatch:
     return Match(node, q, k, v, None, scale, 0.0, spec, heads_first=True)
 
 
-def _match_softmax(node: fx.Node, probe: Probe, context: int) -> Match | NoMatch:
+def _match_softmax(node: fx.Node, probe: Probe, context: int) -> Match | NoMatch | None:
     scores, dim = node.args[0], node.args[1]
     if len(shape(node)) != 4 or dim not in (-1, 3):
-        return NoMatch(f"softmax over dim {dim} of {shape(node)}, expected the last of (B, H, T, S)", node)
+        return None  # a router's, or a head's: not of scores
     readers = list(node.users)
     while len(readers) == 1 and is_call(readers[0], aten._to_copy, aten.expand):
         readers = list(readers[0].users)
     if len(readers) != 1 or not is_call(readers[0], aten.matmul) or readers[0].args[0] is readers[0].args[1]:
         return NoMatch("the weights are not only multiplied with values", node)
     out = readers[0]
-    found = (scores, set()) if is_call(scores, aten.matmul) else probe.common_source(scores, SCORES)
-    if found is None or not is_call(found[0], aten.matmul):
-        return NoMatch("the scores do not come from one matrix product", scores)
-    product = found[0]
-    q, k_turned = product.args
-    if not is_call(k_turned, aten.permute) or list(k_turned.args[1]) != [0, 1, 3, 2]:
-        return NoMatch("the keys are not transposed by a permute", product)
+    product = scores
+    if not is_call(scores, aten.matmul):
+        found = probe.common_source(scores, SCORES, until=lambda n: is_call(n, aten.matmul))
+        if found is None:
+            return NoMatch("the scores do not come from one matrix product", scores)
+        product = found[0]
+    q, turned = product.args
+    if not is_call(turned, aten.permute) or len(shape(q)) != 4:
+        return NoMatch(f"the keys of a {shape(q)} query are not transposed by a permute", product)
     read = _read_scores(scores, product, probe, min(MASK_ROWS, context))
     if isinstance(read, NoMatch):
         return read
     scale, softcap, spec = read
-    k, v = _unrepeated(k_turned.args[0], probe), _unrepeated(out.args[1], probe)
-    return Match(out, q, k, v, None, scale, softcap, spec, heads_first=True)
+    source, order = turned.args
+    straight = tuple(order[d] for d in (0, 1, 3, 2))
+    if straight == (0, 1, 2, 3):
+        source = _unrepeated(source, probe)
+    return Match(out, q, source, _unrepeated(out.args[1], probe), None, scale, softcap, spec, True, straight)
 
 
 def _read_scores(
@@ -178,13 +190,19 @@ def _read_rows(visible: Tensor, n: int) -> MaskSpec:
 
 def _unrepeated(node: fx.Node, probe: Probe) -> fx.Node:
     """The (B, K, T, D) tensor that ``node`` (B, H, T, D) repeats for its groups, or ``node`` itself."""
-    found = probe.common_source(node, REPEATS | {operator.getitem})
+    wide = shape(node)
+
+    def narrower(source: fx.Node) -> bool:
+        dims = shape(source)
+        return len(dims) == 4 and isinstance(dims[1], int) and dims[1] < wide[1] and wide[1] % dims[1] == 0
+
+    if len(wide) != 4 or not isinstance(wide[1], int):
+        return node
+    found = probe.common_source(node, REPEATS, until=narrower)
     if found is None:
         return node
     source = found[0]
-    dims, wide = shape(source), shape(node)
-    if len(dims) != 4 or not isinstance(dims[1], int) or not isinstance(wide[1], int) or wide[1] % dims[1]:
-        return node
+    dims = shape(source)
     kv_heads, groups = dims[1], wide[1] // dims[1]
     n, d = 3, int(dims[3])
     names = torch.arange(kv_heads * n * d, dtype=torch.float32).view(1, kv_heads, n, d)

@@ -62,7 +62,10 @@ class FuseLinear(RewritePass):
     anchors = (*SINGLE_CALLS, aten.gelu, torch.ops.ryzen.activation)
 
     def match(self, node: fx.Node, program: Program) -> Plain | Gated | NoMatch:  # noqa: ARG002 - the base signature
-        act, source = activation_name(node)
+        named = activation_name(node)
+        if named is None:
+            return NoMatch("not an activation of the table", node)
+        act, source = named
         if is_call(source, aten.linear):
             if len(source.users) != 1:
                 return NoMatch(f"{source.name} is read elsewhere", source)
@@ -112,15 +115,17 @@ def _half(node: fx.Node) -> Half | None:
     """Reads ``split(linear)[i]`` and ``linear[..., a:b]``."""
     if is_call(node, operator.getitem) and is_call(node.args[0], aten.split_with_sizes):
         split, index = node.args
-        linear, sizes, dim = (*split.args, 0)[:3]
+        linear, sizes = split.args[:2]
+        dim = split.args[2] if len(split.args) > 2 else 0
         start = sum(sizes[:index])
         stop = start + sizes[index]
     elif is_call(node, aten.slice) and len(node.args) <= 4:
-        linear, dim, start, stop = (*node.args, *(0, None, None)[len(node.args) - 1 :])
+        linear, *rest = node.args
+        dim = rest[0] if rest else 0
         width = shape(linear)[dim]
         if not isinstance(width, int):
             return None
-        start, stop, _ = slice(start, stop).indices(width)
+        start, stop, _ = slice(*[*rest[1:], None, None][:2]).indices(width)
     else:
         return None
     if not is_call(linear, aten.linear) or dim % len(shape(linear)) != len(shape(linear)) - 1:

@@ -169,14 +169,15 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 
 def _skip_cast(node: fx.Node, source: fx.Node) -> fx.Node:
     reader = _only_reader(node)
-    same = is_call(reader, aten._to_copy) and reader.meta["val"].dtype == source.meta["val"].dtype
-    return reader if same else node
+    if reader is None or not is_call(reader, aten._to_copy):
+        return node
+    return reader if reader.meta["val"].dtype == source.meta["val"].dtype else node
 
 
 def _operand(node: fx.Node, target: object, source: fx.Node) -> tuple[fx.Node | None, fx.Node]:
     """The (C,) tensor that the only reader of ``node`` multiplies or adds, and that reader; else none and ``node``."""
     reader = _only_reader(node)
-    if not is_call(reader, target) or reader.kwargs:
+    if reader is None or not is_call(reader, target) or reader.kwargs:
         return None, node
     others = [a for a in reader.args if a is not node]
     if len(others) != 1 or not isinstance(others[0], fx.Node) or shape(others[0]) != (shape(source)[-1],):
@@ -187,7 +188,7 @@ def _operand(node: fx.Node, target: object, source: fx.Node) -> tuple[fx.Node | 
 def _split_offset(weight: fx.Node | None) -> tuple[fx.Node | None, bool]:
     """``w`` and true for ``1 + w``; casts of the weight are part of the operator."""
     plain = _uncast(weight)
-    if is_call(plain, aten.add) and not plain.kwargs:
+    if plain is not None and is_call(plain, aten.add) and not plain.kwargs:
         tensors = [a for a in plain.args if isinstance(a, fx.Node)]
         if len(tensors) == 1 and 1 in plain.args:
             return _uncast(tensors[0]), True
@@ -195,4 +196,4 @@ def _split_offset(weight: fx.Node | None) -> tuple[fx.Node | None, bool]:
 
 
 def _uncast(node: fx.Node | None) -> fx.Node | None:
-    return node.args[0] if is_call(node, aten._to_copy) else node
+    return node.args[0] if node is not None and is_call(node, aten._to_copy) else node

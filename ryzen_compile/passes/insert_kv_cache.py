@@ -22,12 +22,14 @@ from torch import fx
 from ryzen_compile import ops
 from ryzen_compile.edit import Edit
 from ryzen_compile.passes.base import NoMatch, Pass, PassResult, Site
+from ryzen_compile.probe import Probe
 from ryzen_compile.program import Program, is_call, module_path, shape
 from ryzen_compile.spec import CacheSlot
 
 aten = torch.ops.aten
 attention = torch.ops.ryzen.attention
 rotary = torch.ops.ryzen.rotary
+SCANS = (aten.convolution, aten.cumsum, aten.cumprod, aten.roll, aten.flip)
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class InsertKVCache(Pass):
     name: ClassVar[str] = "insert_kv_cache"
     produces: ClassVar[frozenset[str]] = frozenset({"ryzen::cached_attention"})
     required: ClassVar[bool] = True
+    builds_on: ClassVar[str] = "fuse_attention"
 
     def run(self, program: Program) -> PassResult:
         edit = Edit(program, self.name)
         nodes = [n for n in edit.graph.nodes if is_call(n, attention)]
         matches = [_match(node) for node in nodes]
+        matches += [NoMatch("mixes tokens outside an attention that was recognised", n) for n in _mixers(edit)]
         misses = [Site(m.node.name, module_path(m.node), m.reason) for m in matches if isinstance(m, NoMatch)]
         if misses or not matches:
             return PassResult(program, misses=tuple(misses))
@@ -68,6 +72,17 @@ class InsertKVCache(Pass):
             _rewrite(edit, m, slots[-1], lengths, batch, capacity)
         edit.set_slots(tuple(slots))
         return PassResult(edit.finish(), tuple(hits))
+
+
+def _mixers(edit: Edit) -> list[fx.Node]:
+    """What is left of an attention in pieces, a convolution or a scan: a cached graph would see only the new tokens."""
+    tokens = shape(edit.program.inputs[0])[1]
+    of_tokens = Probe(edit.program).of_tokens
+
+    def square(node: fx.Node) -> bool:
+        return sum(not isinstance(d, int) and d == tokens for d in shape(node)) > 1
+
+    return [n for n in edit.graph.nodes if n in of_tokens and n.op == "call_function" and (square(n) or is_call(n, *SCANS))]
 
 
 def _match(node: fx.Node) -> Match | NoMatch:

@@ -30,7 +30,7 @@ aten = torch.ops.aten
 ANCHORS = (aten.tanh, aten.sigmoid, aten.erf, aten.relu)
 ELEMENTWISE = frozenset((*ANCHORS, aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.pow, aten.square,
                          aten.exp, aten.reciprocal, aten.clamp, aten.clamp_min, aten.hardtanh))  # fmt: skip
-SINGLE_CALLS = {aten.relu: "relu", aten.silu: "silu", aten.sigmoid: "sigmoid", aten.tanh: "tanh"}
+SINGLE_CALLS: dict[object, str] = {aten.relu: "relu", aten.silu: "silu", aten.sigmoid: "sigmoid", aten.tanh: "tanh"}
 GELU_FORMS = {"none": "gelu", "tanh": "gelu_tanh"}
 MAX_NODES = 24  # the longest spelling seen has nine
 # Four units in float32's last place, relative to max(1, |y|): constants such as sqrt(2 / pi) come rounded to float32.
@@ -123,7 +123,8 @@ def _exits(anchor: fx.Node) -> Iterator[fx.Node]:
 
 def _between(source: fx.Node, exit_: fx.Node) -> list[fx.Node] | None:
     """The nodes that compute ``exit_`` from ``source`` alone, in graph order; none when another tensor enters."""
-    inside, pending = set(), [exit_]
+    inside: set[fx.Node] = set()
+    pending = [exit_]
     while pending:
         node = pending.pop()
         if node is source or node in inside:

@@ -18,9 +18,10 @@ from typing import Any, Self
 import numpy as np
 
 from ryzen_compile.errors import PromptError, UsageError
+from ryzen_compile.runtime.arguments import Settings, as_input, config_values, read_prompt
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import Engine
-from ryzen_compile.runtime.generate import Settings, as_input, config_values, generate, read_prompt
+from ryzen_compile.runtime.generate import generate
 from ryzen_compile.runtime.stopping import TextDecoder
 from ryzen_compile.spec import ModelSpec
 

@@ -33,7 +33,7 @@ class Tokenizer:
 
         try:
             backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-        except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception for every damaged file
+        except Exception as error:
             raise ArtifactError(f"tokenizer.json cannot be read: {error}") from error
         backend.no_truncation()
         backend.no_padding()

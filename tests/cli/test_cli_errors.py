@@ -184,11 +184,11 @@ def root(): ...
 @app.command()
 def wait():
     half_written = pathlib.Path({str(tmp_path)!r}) / "half"
-    half_written.touch()
     try:
+        half_written.touch()
         time.sleep(60)
     finally:
-        half_written.unlink()
+        half_written.unlink(missing_ok=True)
 cli.app = app
 sys.exit(cli.main(["wait"]))
 """

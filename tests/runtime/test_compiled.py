@@ -62,6 +62,7 @@ def test_generate_takes_the_models_config_and_tokenizer(model: CompiledModel) ->
     laid_over = model.generate([PROMPT], generation_config=GenerationConfig(repetition_penalty=1.5))
     np.testing.assert_array_equal(laid_over, model.generate([PROMPT], repetition_penalty=1.5))
     assert laid_over.shape == (1, 10)
+    assert model.generate([PROMPT], generation_config={"max_new_tokens": 2}).shape == (1, 6)
     assert model.generate().tolist() == model.generate([[BOS]]).tolist()
     assert model.generate([PROMPT], stop_strings="q").shape[1] <= 10
 

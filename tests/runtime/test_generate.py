@@ -15,7 +15,9 @@ from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from ryzen_compile.errors import MemoryLimitError, NumericalError, PromptError
-from ryzen_compile.runtime.generate import ACCEPTED, GenerationStats, config_values, generate
+from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.runtime.arguments import ACCEPTED, config_values
+from ryzen_compile.runtime.generate import GenerationStats, generate
 from tests.runtime.torch_engine import (
     BOS,
     CONTEXT,
@@ -212,6 +214,14 @@ def test_more_padding_changes_nothing(engine: TorchEngine) -> None:
         assert result[0, count:].tolist() == expected.tolist()
 
 
+def test_padding_is_not_repetition(model: LlamaForCausalLM, engine: TorchEngine) -> None:
+    wanted = int(reference(model, [PROMPT], max_new_tokens=1, repetition_penalty=50.0)[0, -1])
+    ids, mask = [[wanted] * 4 + PROMPT], [[0] * 4 + [1] * len(PROMPT)]
+    result = generate(engine, ids, mask, max_new_tokens=8, repetition_penalty=50.0)
+    assert result[0, -8] == wanted
+    np.testing.assert_array_equal(result, reference(model, ids, mask, max_new_tokens=8, repetition_penalty=50.0))
+
+
 def test_generation_can_be_continued(engine: TorchEngine) -> None:
     whole = generate(engine, [PROMPT], max_new_tokens=20)
     part = generate(engine, [PROMPT], max_new_tokens=9)
@@ -222,11 +232,23 @@ def test_growing_the_cache_in_the_middle_changes_nothing(
     model: LlamaForCausalLM, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ryzen_compile.runtime.generate.INITIAL_ROOM", 0)
-    monkeypatch.setattr(
-        "ryzen_compile.runtime.cache.KVCache.__init__.__kwdefaults__", {"limit": None, "chunk": 3, "budget_bytes": None}
-    )
+    caches: list[KVCache] = []
+    capacities: list[int] = []
+
+    class Stingy(KVCache):
+        def __init__(self, *layout: Any, **options: Any) -> None:
+            super().__init__(*layout, chunk=3, **options)
+            caches.append(self)
+
+        def advance(self, tokens: int) -> None:
+            super().advance(tokens)
+            capacities.append(self.capacity)
+
+    monkeypatch.setattr("ryzen_compile.runtime.generate.KVCache", Stingy)
     result = generate(engine, BATCH, MASK, max_new_tokens=30)
     np.testing.assert_array_equal(result, reference(model, BATCH, MASK, max_new_tokens=30))
+    assert len(caches) == 1 and len(set(capacities)) > 2, "the cache grew more than once while it held tokens"
+    assert max(capacities) <= len(PROMPT) + 29 + 2, "no more than a chunk beyond what the run needs"
 
 
 # Sampling

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from ryzen_compile.backends.base import Capability
 from ryzen_compile.errors import UsageError
-from ryzen_compile.program import Program
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a Program needs torch, and a session ONNX Runtime: each is imported by the method that uses it
     from ryzen_compile.backends.onnxruntime.session import OrtEngine, SessionOptions
+    from ryzen_compile.program import Program
 
 REQUIRED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 # Written out, so that asking for it imports nothing; a test compares it with the rules.

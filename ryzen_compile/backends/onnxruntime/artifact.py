@@ -41,7 +41,6 @@ class Artifact:
     directory: Path
     spec: ModelSpec
     slots: tuple[CacheSlot, ...]
-    all_logits: bool
     manifest: Mapping[str, Any]
     config: Mapping[str, Any] | None = None
     generation_config: Mapping[str, Any] | None = None
@@ -54,26 +53,28 @@ class Artifact:
 
 def write(
     out: Path,
-    write_model: Callable[[Path], tuple[str, ...]],
+    write_model: Callable[[Path], object],
     *,
     spec: ModelSpec,
     slots: tuple[CacheSlot, ...],
-    all_logits: bool,
     facts: Mapping[str, Any],
     report: Any = None,
     companions: Companions | None = None,
     force: bool = False,
 ) -> Path:
-    """Publishes an artifact at ``out``; ``write_model(directory)`` writes the graph and returns its input names.
+    """Publishes an artifact at ``out``; ``write_model(directory)`` writes ``model.onnx`` and its data.
 
     Raises ``UsageError``, ``ArtifactError``, ``BusyError`` or ``ResourceError`` as ``Staging`` does; whatever was at
     ``out`` before is then untouched.
     """
     companions = companions or Companions()
     with Staging(out, force=force) as stage:
-        inputs = write_model(stage.path)
+        write_model(stage.path)
+        inputs = [value.name for value in check_model(stage.path, MODEL_NAME).graph.input]
         generation = dict(companions.generation_config or {})
-        special = {k: _first_known(k, generation, companions.config) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        special = {
+            k: _first_known(k, generation, companions.config) for k in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
         _dump(stage.path / GENAI_CONFIG_NAME, genai_config(spec, inputs=inputs, generation=generation, **special))
         if companions.config is not None:
             _dump(stage.path / CONFIG_NAME, companions.config)
@@ -89,7 +90,6 @@ def write(
             **facts,
             "spec": asdict(spec),
             "slots": [asdict(slot) for slot in slots],
-            "all_logits": all_logits,
         }
         return stage.commit(lambda directory: write_manifest(directory, described))
 
@@ -106,14 +106,12 @@ def read(directory: Path, *, digests: bool = True) -> Artifact:
     try:
         spec = ModelSpec(**manifest["spec"])
         slots = tuple(CacheSlot(**slot) for slot in manifest["slots"])
-        all_logits = bool(manifest["all_logits"])
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{directory.name}: the manifest does not describe the model: {error}") from error
     return Artifact(
         directory,
         spec,
         slots,
-        all_logits,
         manifest,
         _load(directory / CONFIG_NAME),
         _load(directory / GENERATION_CONFIG_NAME),

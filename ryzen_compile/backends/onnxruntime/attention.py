@@ -102,9 +102,10 @@ def cached_attention(
 
 
 def _dim(value: ir.Value, axis: int) -> int:
-    if value.shape is None or not isinstance(value.shape[axis], int):
+    size = None if value.shape is None else value.shape[axis]
+    if not isinstance(size, int):
         raise ValueError(f"dimension {axis} of {value.name} must be static, its shape is {value.shape}")
-    return int(value.shape[axis])
+    return size
 
 
 def _tables_inside(

@@ -83,7 +83,7 @@ def finish(model: ir.Model) -> None:
             if len(node.outputs) > 1 and not output.uses() and not output.is_graph_output():
                 output.name = ""  # left out: the runtime need not compute it
     for value in list(graph.initializers.values()):
-        reader, index = value.uses()[0]
+        reader, index = next(iter(value.uses()))
         if isinstance(value.const_value, ir.LazyTensor):
             value.name = f"{reader.name}/input_{index}"  # folding invented it; its reader says what it is
     common.ClearMetadataAndDocStringPass()(model)

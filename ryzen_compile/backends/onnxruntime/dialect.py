@@ -77,9 +77,7 @@ def _onnx_schema(name: str, arguments: list[Any], schema: torch.FunctionSchema) 
     outputs = [OpSchema.FormalParameter(f"out_{i}", f"T_out_{i}") for i in range(len(schema.returns))]
     constraints = [(parameter.type_str, TENSOR_TYPES, "") for parameter in (*inputs, *outputs)]
     attributes = [OpSchema.Attribute(a.name, ATTRIBUTE_TYPES[str(a.type)]) for a in arguments if not _is_tensor(a)]
-    return OpSchema(
-        name, LOCAL, 1, inputs=inputs, outputs=outputs, type_constraints=constraints, attributes=attributes
-    )
+    return OpSchema(name, LOCAL, 1, inputs=inputs, outputs=outputs, type_constraints=constraints, attributes=attributes)
 
 
 def _is_tensor(argument: Any) -> bool:

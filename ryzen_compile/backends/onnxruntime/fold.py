@@ -225,6 +225,10 @@ def _split(arrays: Arrays, attributes: Attributes, index: int) -> Array:
     return result
 
 
+def _elementwise(function: Callable[..., Array]) -> Callable[[Arrays, Attributes, int], Array]:
+    return lambda arrays, _, __: function(*arrays)
+
+
 SHAPES: dict[str, Callable[[Operands, Attributes, int], Shape]] = {
     **dict.fromkeys(UNARY, _same_shape),
     **dict.fromkeys(BINARY, _broadcast_shape),
@@ -240,8 +244,7 @@ SHAPES: dict[str, Callable[[Operands, Attributes, int], Shape]] = {
     "Unsqueeze": _unsqueeze_shape,
 }
 EVALUATE: dict[str, Callable[[Arrays, Attributes, int], Any]] = {
-    **{name: (lambda a, _, __, f=f: f(a[0])) for name, f in UNARY.items()},
-    **{name: (lambda a, _, __, f=f: f(a[0], a[1])) for name, f in BINARY.items()},
+    **{name: _elementwise(function) for name, function in (*UNARY.items(), *BINARY.items())},
     "Cast": lambda a, _, __: a[0],
     "Concat": lambda a, attributes, _: np.concatenate(a, axis=attributes["axis"]),
     "Expand": lambda a, _, __: a[0] * np.ones([int(i) for i in a[1]], a[0].dtype),

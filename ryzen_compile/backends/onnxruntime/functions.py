@@ -55,9 +55,7 @@ def full_attention(
     repeated.
     """
 
-    def body(
-        e: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, sinks: ir.Value | None = None
-    ) -> tuple[ir.Value, ...]:
+    def body(e: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, sinks: ir.Value | None = None) -> tuple[ir.Value, ...]:
         tail = e.op("Shape", q, start=2)  # T, D
         batch = e.op("Shape", q, start=0, end=1)
         q = e.op("Reshape", q, e.op("Concat", batch, e.ints(kv_heads, groups), tail, axis=0))

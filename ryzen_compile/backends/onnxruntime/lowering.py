@@ -16,6 +16,7 @@ from dataclasses import replace
 import onnx_ir as ir
 import torch
 from onnx_ir import convenience
+from torch import fx
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.utils import _pytree as pytree
 
@@ -37,8 +38,10 @@ def lower(program: Program) -> ir.Model:
     Raises ``UnsupportedError``, by operator, node and module path, for what has no translation, and ``UsageError`` when
     the Program's outputs do not match its slots.
     """
-    if len(program.outputs) != 1 + 2 * len(program.slots):
-        raise UsageError(f"{len(program.slots)} cache slots, but {len(program.outputs)} outputs: expected logits and pairs")
+    if program.slots and len(program.outputs) != 1 + 2 * len(program.slots):
+        raise UsageError(
+            f"{len(program.slots)} cache slots and {len(program.outputs)} outputs: expected logits and a pair per slot"
+        )
     model = _translate(program)
     cleanup.share_initializers(model.graph)
     _apply_rules(model)
@@ -111,24 +114,36 @@ def _quietly() -> Iterator[None]:
 
 
 def _unsupported(program: Program, error: BaseException) -> UnsupportedError:
-    """Names the node that torch.onnx could not translate."""
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    root = str(chain[-1]).strip().splitlines()[0]
-    translating = re.search(r"translating node %(\w+)", "\n".join(str(link) for link in chain[:-1]))
-    nodes = [n for n in program.graph.nodes if n.op == "call_function"]
-    # The re-trace may rename nodes, never operators; an operator that a decomposition produced is in no node of ours.
-    found = next((n for n in nodes if f"{n.target!r}" in root), None)
-    if found is None and translating:
-        found = next((n for n in nodes if n.name == translating.group(1)), None)
-    if found is None:
-        where = f"node {translating.group(1)}" if translating else "the graph"
-        return UnsupportedError(f"torch.onnx cannot translate {where}: {root[:300]}")
+    """Names the Program's node that torch.onnx could not translate, and the module it came from."""
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    reason = str(root).strip().splitlines()[0][:300]
+    failed = _failed_node(error)
+    if failed is None:
+        return UnsupportedError(f"torch.onnx cannot translate the graph: {reason}")
+    # torch.onnx works on a re-trace, whose nodes remember the names of those they were made from.
+    origins = [source.name for source in failed.meta.get("from_node", ())]
+    ours = next((n for n in program.graph.nodes if n.name in (*origins, failed.name)), failed)
+    where = f"node {ours.name}, module {module_path(ours) or 'unknown'}"
     return UnsupportedError(
-        f"{op_name(found)} has no ONNX translation (node {found.name}, module {module_path(found) or 'unknown'})",
-        hint="compile with backend='eager', or add a pass that expresses it in core ATen",
+        f"{op_name(ours)} has no ONNX translation ({where}): {reason}",
+        hint="use backend='eager', or add a pass that expresses it in core ATen",
     )
+
+
+def _failed_node(error: BaseException) -> fx.Node | None:
+    """The node under translation: torch.onnx's errors carry it in no field, only in their frames."""
+    found = None
+    link: BaseException | None = error
+    while link is not None:
+        trace = link.__traceback__
+        while trace is not None:
+            node = trace.tb_frame.f_locals.get("node")
+            found = node if isinstance(node, fx.Node) else found
+            trace = trace.tb_next
+        link = link.__cause__
+    return found
 
 
 def _apply_rules(model: ir.Model) -> None:
@@ -163,7 +178,7 @@ def _name_interface(graph: ir.Graph, program: Program) -> None:
     for value, node in zip(graph.inputs, program.inputs, strict=True):
         value.name = re.sub(r"^past_key_values_(\d+)_(key|value)$", r"past_key_values.\1.\2", node.name)
     names = ["logits"] + [f"present.{i}.{half}" for i in range(len(program.slots)) for half in ("key", "value")]
-    for value, name in zip(graph.outputs, names, strict=True):
+    for value, name in zip(graph.outputs, names, strict=False):
         value.name = name
     words = _dimension_words(graph)
     for value in (*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)):

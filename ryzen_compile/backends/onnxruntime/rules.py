@@ -20,32 +20,31 @@ SKIP_RANKS = (2, 3)  # of the fused residual norms; any other rank is added firs
 
 
 def rms_norm(e: Emitter, x: ir.Value, weight: ir.Value | None, *, eps: float, unit_offset: bool) -> Values:
-    scale = _scale(e, x, weight, unit_offset)
-    return (e.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=eps, stash_type=1),)
+    return (_rms(e, x, _scale(e, x, weight, unit_offset), eps),)
 
 
 def add_rms_norm(
     e: Emitter, x: ir.Value, residual: ir.Value, weight: ir.Value | None, *, eps: float, unit_offset: bool
 ) -> Values:
+    scale = _scale(e, x, weight, unit_offset)
     if _rank(x) not in SKIP_RANKS:
         total = e.op("Add", x, residual)
-        return (*rms_norm(e, total, weight, eps=eps, unit_offset=unit_offset), total)
-    scale = _scale(e, x, weight, unit_offset)
+        return _rms(e, total, scale, eps), total
     out = e.ops("SkipSimplifiedLayerNormalization", x, residual, scale, outputs=4, domain=CONTRIB, epsilon=eps)
     return out[0], out[3]
 
 
 def layer_norm(e: Emitter, x: ir.Value, weight: ir.Value | None, bias: ir.Value | None, *, eps: float) -> Values:
-    return (e.op("LayerNormalization", x, _scale(e, x, weight, False), bias, axis=-1, epsilon=eps),)
+    return (_layer(e, x, _scale(e, x, weight, False), bias, eps),)
 
 
 def add_layer_norm(
     e: Emitter, x: ir.Value, residual: ir.Value, weight: ir.Value | None, bias: ir.Value | None, *, eps: float
 ) -> Values:
+    scale = _scale(e, x, weight, False)
     if _rank(x) not in SKIP_RANKS:
         total = e.op("Add", x, residual)
-        return (*layer_norm(e, total, weight, bias, eps=eps), total)
-    scale = _scale(e, x, weight, False)
+        return _layer(e, total, scale, bias, eps), total
     out = e.ops("SkipLayerNormalization", x, residual, scale, bias, outputs=4, domain=CONTRIB, epsilon=eps)
     return out[0], out[3]
 
@@ -79,6 +78,14 @@ RULES: dict[str, Callable[..., Values]] = {
 def _matmul(e: Emitter, x: ir.Value, weight: ir.Value) -> ir.Value:
     """``weight`` (N, C) is turned to (C, N); folding makes that the stored form."""
     return e.op("MatMul", x, e.op("Transpose", weight, perm=[1, 0]))
+
+
+def _rms(e: Emitter, x: ir.Value, scale: ir.Value, eps: float) -> ir.Value:
+    return e.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=eps, stash_type=1)
+
+
+def _layer(e: Emitter, x: ir.Value, scale: ir.Value, bias: ir.Value | None, eps: float) -> ir.Value:
+    return e.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=eps)
 
 
 def _rank(x: ir.Value) -> int:

@@ -52,7 +52,7 @@ class OrtEngine:
         path: Path,
         spec: ModelSpec,
         slots: tuple[CacheSlot, ...],
-        options: SessionOptions = SessionOptions(),  # noqa: B008 - frozen
+        options: SessionOptions = SessionOptions(),
     ) -> None:
         self.spec = spec
         self.slots = slots

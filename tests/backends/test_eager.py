@@ -1,0 +1,95 @@
+"""The eager backend: the cached graph equals attention written out, and weights are folded once."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ryzen_compile import ops
+from ryzen_compile.backends.eager import EagerBackend, EagerEngine, fold_constants, run_full
+from ryzen_compile.errors import UsageError
+from ryzen_compile.runtime.cache import KVCache
+
+IDS = np.random.default_rng(2).integers(0, 61, (2, 9))
+TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}  # sums in another order
+
+
+def step_all(engine: EagerEngine, ids: np.ndarray, chunks: tuple[int, ...]) -> np.ndarray:
+    cache, outs, at = KVCache(engine.slots, 1, 11), [], 0
+    for new in chunks:
+        outs.append(engine.step(ids[:, at : at + new], cache).copy())
+        cache.advance(new)
+        at += new
+    return np.concatenate(outs, axis=1)
+
+
+def test_cached_attention_equals_attention_over_the_whole_sequence(attentions_program, heads):
+    spec = heads(packed=False, window=4, softcap=3.0, sinks=True, interleaved=True)
+    program = attentions_program(spec)
+    weights = {name.rsplit(".", 1)[-1]: program.weights[key] for key, name in program.weight_names.items()}
+    positions = torch.arange(9)[None]
+    x = weights["table"][torch.from_numpy(IDS[:1])] + 0.01 * positions[:, :, None]
+    q, k, v = ((x @ weights[n].T).view(1, 9, h, 16).transpose(1, 2) for n, h in (("q", 4), ("k", 2), ("v", 2)))
+    q, k = (ops.rotary(t, positions, weights["cos"], weights["sin"], True) for t in (q, k))
+    want = ops.attention(q, k, v, weights["sinks"], 1 / math.sqrt(16), 4, 3.0, True).flatten(2)
+    engine = EagerBackend().compile(program)
+    for chunks in ((9,), (4, 1, 3, 1), (1,) * 9):
+        np.testing.assert_allclose(step_all(engine, IDS[:1], chunks), want.detach().numpy(), **TOLERANCE)
+
+
+def test_unequal_rows_decode_as_they_would_alone(decoder):
+    engine = EagerEngine(decoder)
+    cache = KVCache(engine.slots, 2, 11)
+    for index, length in enumerate((5, 2)):
+        row = cache.row(index)
+        engine.step(IDS[index : index + 1, :length], row)
+        row.advance(length)
+    together = engine.step(IDS[[0, 1], [5, 2]][:, None], cache)
+    for index, length in enumerate((5, 2)):
+        alone = step_all(engine, IDS[index : index + 1], (length, 1))
+        np.testing.assert_allclose(together[index, 0], alone[0, -1], **TOLERANCE)
+
+
+def test_weight_expressions_are_folded_once_and_their_sources_dropped(decoder):
+    constants = fold_constants(decoder)
+    merged = [n.name for n in decoder.graph.nodes if n.name.startswith("cat")]
+    assert len(merged) == 4
+    assert all(constants[name] is not None for name in merged)
+    sources = [s.name for n in decoder.graph.nodes if n.name in merged for s in n.all_input_nodes]
+    assert all(constants[name] is None for name in sources)
+    table = next(n for n in decoder.graph.nodes if "embedding" in n.name).args[0]
+    assert constants[table.name].data_ptr() == decoder.weights[table.name].data_ptr()
+
+
+def test_run_full_feeds_what_the_program_takes(plain_program):
+    class Plain(nn.Module):
+        def forward(self, input_ids):
+            return (input_ids[:, :, None].float() * 2,)
+
+    ids = torch.from_numpy(IDS)
+    logits = run_full(plain_program(Plain(), ids), ids, ids)
+    torch.testing.assert_close(logits, ids[:, :, None] * 2.0, rtol=0, atol=0)
+
+
+def test_a_cache_is_asked_for_or_refused(decoder, plain_program):
+    ids = torch.from_numpy(IDS)
+    with pytest.raises(UsageError, match="has a key/value cache; compile it and call step"):
+        run_full(decoder, ids, ids)
+    with pytest.raises(UsageError, match="no key/value cache; run insert_kv_cache"):
+        EagerEngine(plain_program(nn.Linear(3, 3), torch.randn(2, 3)))
+
+
+def test_close_gives_up_the_folded_weights(decoder):
+    engine = EagerEngine(decoder)
+    engine.close()
+    engine.close()
+    assert not engine._constants
+
+
+def test_every_operator_of_the_dialect_is_supported():
+    assert {"ryzen::cached_attention", "ryzen::rotary"} <= EagerBackend.supported_ops
+    assert all(hasattr(torch.ops.ryzen, name.removeprefix("ryzen::")) for name in EagerBackend.supported_ops)

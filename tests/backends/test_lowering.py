@@ -1,0 +1,319 @@
+"""The ONNX model that a Program becomes: its numbers, its nodes, its interface, and what it refuses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ryzen_compile import ops
+from ryzen_compile.backends.eager import EagerEngine
+from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend, fold
+from ryzen_compile.backends.onnxruntime.attention import padded_head_dim
+from ryzen_compile.backends.onnxruntime.lowering import cache_slots, lower
+from ryzen_compile.backends.onnxruntime.rules import RULES
+from ryzen_compile.backends.onnxruntime.session import SessionOptions
+from ryzen_compile.edit import Edit
+from ryzen_compile.errors import UnsupportedError, UsageError
+from ryzen_compile.runtime.cache import KVCache
+
+RTOL, ATOL = 1e-5, 2e-6  # float32, two implementations of the same sums
+
+
+def run(model: ir.Model, directory: Path, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    fold.write(model, directory)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    session = onnxruntime.InferenceSession(directory / "model.onnx", options, providers=["CPUExecutionProvider"])
+    return session.run(None, {name: value.numpy() for name, value in inputs.items()})
+
+
+def check_each(
+    program, module: nn.Module, inputs: dict[str, torch.Tensor], directory: Path, atol: float = ATOL
+) -> None:
+    """Every output of ``module`` against the lowered model's."""
+    with torch.no_grad():
+        expected = module(**inputs)
+    for index, (want, got) in enumerate(zip(expected, run(lower(program), directory, inputs), strict=True)):
+        np.testing.assert_allclose(got, want.numpy(), rtol=RTOL, atol=atol, err_msg=f"output {index}")
+
+
+class Norms(nn.Module):
+    """Every form of every norm, at widths 1, 7 and 33 and ranks 2 to 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ws = nn.ParameterList(torch.randn(c) for c in (1, 7, 33))
+        self.bs = nn.ParameterList(torch.randn(c) for c in (1, 7, 33))
+
+    def forward(self, a, b, c):
+        out = []
+        for x, w, bias in zip((a, b, c), self.ws, self.bs, strict=True):
+            r = x.flip(0)
+            out += [ops.rms_norm(x, w, 1e-6, False), ops.rms_norm(x, w, 1e-3, True), ops.rms_norm(x, None, 1e-6, False)]
+            out += [*ops.add_rms_norm(x, r, w, 1e-6, True), *ops.add_rms_norm(x, r, None, 1e-6, False)]
+            out += [ops.layer_norm(x, w, bias, 1e-5), ops.layer_norm(x, w, None, 1e-5)]
+            out += [ops.layer_norm(x, None, None, 1e-5)]
+            out += [*ops.add_layer_norm(x, r, w, bias, 1e-5), *ops.add_layer_norm(x, r, None, None, 1e-5)]
+        return tuple(out)
+
+
+def test_norms_match_their_references(plain_program, tmp_path):
+    inputs = {"a": torch.randn(3, 1), "b": torch.randn(1, 5, 7), "c": torch.randn(2, 3, 4, 33)}
+    module = Norms()
+    check_each(plain_program(module, *inputs.values()), module, inputs, tmp_path)
+
+
+class Linears(nn.Module):
+    """Plain, activated and gated layers, with and without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(13, 7)), nn.Parameter(torch.randn(13))
+        self.gate_up = nn.Parameter(torch.randn(22, 7))
+
+    def forward(self, x):
+        out = [functional.linear(x, self.w), functional.linear(x, self.w, self.b), functional.linear(x[0], self.w)]
+        for act in ops.ACTIVATIONS:
+            out += [ops.linear_act(x, self.w, None, act), ops.linear_act(x, self.w, self.b, act)]
+            out.append(ops.gated_linear(x, self.gate_up, act))
+        return tuple(out)
+
+
+def test_linear_layers_match_their_references(plain_program, tmp_path):
+    module, inputs = Linears(), {"x": 2 * torch.randn(3, 5, 7)}
+    # Products of two activations reach 300, and tanh-GELU is a polynomial in the runtime.
+    check_each(plain_program(module, *inputs.values()), module, inputs, tmp_path, atol=2e-5)
+
+
+class Rotations(nn.Module):
+    def __init__(self, sizes: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        for r in {r for _, r in sizes}:
+            angle = torch.rand(40, r) * 6
+            self.register_buffer(f"cos_{r}", angle.cos())
+            self.register_buffer(f"sin_{r}", angle.sin())
+
+    def forward(self, x, positions):
+        return tuple(
+            ops.rotary(x[..., :d], positions, getattr(self, f"cos_{r}"), getattr(self, f"sin_{r}"), interleaved)
+            for d, r in self.sizes
+            for interleaved in (False, True)
+        )
+
+
+def test_rotations_match_the_reference(plain_program, tmp_path):
+    module = Rotations([(16, 8), (12, 6), (20, 10), (80, 10), (80, 40), (14, 7), (10, 3), (2, 1)])
+    inputs = {"x": torch.randn(2, 3, 5, 80), "positions": torch.randint(0, 40, (2, 5))}
+    check_each(plain_program(module, *inputs.values()), module, inputs, tmp_path)
+
+
+class FullAttentions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.randn(6))
+
+    def forward(self, q, k, v):
+        return (
+            ops.attention(q, k, v, None, 0.3, 0, 0.0, True),
+            ops.attention(q, k, v, None, 0.3, 0, 0.0, False),
+            ops.attention(q, k, v, None, 0.3, 3, 0.0, True),
+            ops.attention(q, k, v, None, 0.3, 2, 4.0, False),
+            ops.attention(q, k, v, self.sinks, 0.3, 3, 0.0, True),
+            ops.attention(q, k[:, :1], v[:, :1], self.sinks, 1.0, 0, 30.0, True),
+            ops.attention(q[:, :, :1], k[:, :, :1], v[:, :, :1], None, 1.0, 0, 0.0, True),
+        )
+
+
+def test_attention_without_a_cache_is_a_local_function(plain_program, tmp_path):
+    module = FullAttentions()
+    inputs = {"q": torch.randn(2, 6, 7, 5), "k": torch.randn(2, 3, 7, 5), "v": torch.randn(2, 3, 7, 11)}
+    program = plain_program(module, *inputs.values())
+    names = [node.op_type for node in lower(program).graph if node.domain == "ryzen"]
+    assert len(names) == 7
+    assert len(set(names)) == 7
+    check_each(program, module, inputs, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def lowered(decoder) -> ir.Model:
+    return lower(decoder)
+
+
+def test_llama_layer_is_eight_nodes(lowered):
+    ops_in_order = [node.op_type for node in lowered.graph]
+    lengths = ["Cast", "Sub", "ReduceMax"]  # once per graph
+    layer = ["MatMul", "GroupQueryAttention", "MatMul", "SkipSimplifiedLayerNormalization"]
+    layer += ["MatMul", "GatedAct", "MatMul"]
+    norm, skip = "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"
+    first = [norm, layer[0], *lengths, *layer[1:]]
+    assert ops_in_order == ["Gather", "ReduceSum", *first, skip, *layer, skip, "FusedMatMul"]
+
+
+def test_interface_is_what_genai_reads(lowered, tmp_path):
+    fold.write(lowered, tmp_path)
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    past, present = ["batch", 2, "capacity", 16], ["batch", 2, "present_capacity", 16]
+    assert shapes == {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "total"],
+        **{f"past_key_values.{i}.{half}": past for i in (0, 1) for half in ("key", "value")},
+        "logits": ["batch", "sequence", 61],
+        **{f"present.{i}.{half}": present for i in (0, 1) for half in ("key", "value")},
+    }
+    assert {o.domain: o.version for o in model.opset_import} == {"": 21, "com.microsoft": 1, "ryzen": 1}
+    assert [f"{f.domain}::{f.name}" for f in model.functions] == ["ryzen::GatedAct"]
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    assert "layers.1/MatMul_1" in {node.name for node in model.graph.node}
+
+
+def weight_shapes(model: ir.Model) -> Counter:
+    return Counter(tuple(value.shape.numpy()) for value in model.graph.initializers.values())
+
+
+def test_tied_table_is_stored_once(lowered):
+    assert weight_shapes(lowered)[61, 32] == 1
+    assert weight_shapes(lowered)[32, 61] == 0
+
+
+def test_an_untied_head_is_stored_transposed_and_one_row_has_a_static_one(decoder_program, heads):
+    model = lower(decoder_program(heads(), tied=False, last_only=True))
+    assert list(model.graph.outputs[0].shape) == ["batch", 1, 61]
+    assert weight_shapes(model)[61, 32] == weight_shapes(model)[32, 61] == 1
+    assert model.graph[-1].op_type == "MatMul"
+
+
+def test_weights_refer_to_the_program_until_written(decoder, lowered):
+    owned = {weight.data_ptr() for weight in decoder.weights.values()}
+    tensors = [value.const_value for value in lowered.graph.initializers.values() if value.const_value.size > 1]
+    lazy = [tensor for tensor in tensors if isinstance(tensor, ir.LazyTensor)]
+    assert len(lazy) == 8  # the matrices of two layers: two merged, two transposed
+    assert all(tensor.raw.data_ptr() in owned for tensor in tensors if tensor not in lazy)
+
+
+def variants(heads):
+    return {
+        "packed": heads(),
+        "window": heads(window=3, packed=False),
+        "softcap": heads(head_dim=8, value_dim=8, rotated=0, softcap=5.0),
+        "sinks": heads(sinks=True, window=2),
+        "one kv head": heads(kv_heads=1),
+        "partial inside": heads(head_dim=32, value_dim=32, rotated=8),
+        "partial interleaved, widened": heads(rotated=4, interleaved=True),
+        "interleaved inside": heads(head_dim=32, value_dim=32, rotated=16, interleaved=True, packed=False),
+        "12 half-split, padded, rotated before": heads(head_dim=12, value_dim=12, rotated=6),
+        "20 half-split": heads(head_dim=20, value_dim=20, rotated=10),
+        "20 unpacked, window, sinks": heads(head_dim=20, value_dim=20, rotated=10, packed=False, window=4, sinks=True),
+        "80 partial": heads(heads=2, kv_heads=1, head_dim=80, value_dim=80, rotated=10),
+        "24 interleaved": heads(head_dim=24, value_dim=24, rotated=12, interleaved=True),
+        "7, no rotation": heads(heads=5, kv_heads=5, head_dim=7, value_dim=7, rotated=0),
+        "14 interleaved, padded, inside": heads(head_dim=14, value_dim=14, rotated=7, interleaved=True),
+        "wide values": heads(head_dim=12, value_dim=20, rotated=6),
+        "narrow values": heads(head_dim=16, value_dim=8, rotated=8, packed=False),
+    }
+
+
+@pytest.fixture(scope="module")
+def attentions(attentions_program, heads, tmp_path_factory):
+    """All variants in one Program: (Program, directory with its model, engine)."""
+    program = attentions_program(*variants(heads).values())
+    directory = tmp_path_factory.mktemp("attentions")
+    engine = OnnxRuntimeBackend().compile(program, directory=directory, options=SessionOptions(threads=1))
+    yield program, directory, engine
+    engine.close()
+
+
+def test_every_attention_is_one_group_query_attention(attentions, heads):
+    program, directory, _ = attentions
+    graph = onnx.load(directory / "model.onnx", load_external_data=False).graph
+    counts = Counter(node.op_type for node in graph.node)
+    assert counts["GroupQueryAttention"] == len(program.slots)
+    assert counts["RotaryEmbedding"] == 2 * 6  # q and k of the six that cannot rotate inside
+    assert counts["ReduceMax"] == counts["Range"] == 1
+    assert counts["Cast"] == 2  # of the lengths and of position_ids
+
+
+@pytest.mark.parametrize("chunks", [(11,), (1,) * 11, (5, 1, 1, 4), (3, 7, 1)])
+def test_attention_in_any_chunks_matches_the_reference(attentions, heads, chunks):
+    program, _, engine = attentions
+    ids = np.random.default_rng(0).integers(0, 61, (1, 11))
+    whole = EagerEngine(program)
+    expected = whole.step(ids, KVCache(whole.slots, 1, 11))
+    got = play(engine, ids, chunks)
+    edges = np.cumsum([0, *(s.heads * s.value_dim for s in variants(heads).values())])
+    for name, start, stop in zip(variants(heads), edges, edges[1:], strict=False):
+        np.testing.assert_allclose(
+            got[..., start:stop], expected[..., start:stop], rtol=1e-5, atol=5e-6, err_msg=f"{name}, chunks {chunks}"
+        )
+
+
+def play(engine, ids: np.ndarray, chunks: tuple[int, ...]) -> np.ndarray:
+    cache, outs, at = KVCache(engine.slots, 1, 13), [], 0
+    for new in chunks:
+        outs.append(engine.step(ids[:, at : at + new], cache).copy())
+        cache.advance(new)
+        at += new
+    return np.concatenate(outs, axis=1)
+
+
+def test_cache_heads_are_padded_where_the_operator_needs_it(attentions, heads):
+    assert [padded_head_dim(d) for d in (1, 7, 8, 12, 16, 20, 80)] == [8, 8, 8, 16, 16, 24, 80]
+    program, _, engine = attentions
+    assert engine.slots == cache_slots(program.slots)
+    widths = [slot.head_dim for slot in engine.slots]
+    assert widths == [padded_head_dim(max(s.head_dim, s.value_dim)) for s in variants(heads).values()]
+    assert widths == [slot.value_dim for slot in engine.slots]
+
+
+class Untranslatable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.forward = torch.special.bessel_j0
+
+    def forward(self, x):
+        return (self.inner(x) + 1,)
+
+
+def test_an_operator_without_translation_is_named(plain_program, capfd):
+    program = plain_program(Untranslatable(), torch.randn(2, 3))
+    expected = r"aten\.special_bessel_j0 has no ONNX translation \(node special_bessel_j0, module inner\): No ONNX"
+    with pytest.raises(UnsupportedError, match=expected):
+        lower(program)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_edited_programs_lower_too(decoder, capfd):
+    edit = Edit(decoder, "test")
+    before = edit.graph.output_node()
+    extra = edit.add_input("past_key_values_9_key", edit.fake_input(lambda: torch.ones(3)))
+    edit.set_output(0, edit.call(torch.ops.aten.mul.Tensor, before.args[0][0], 2.0, before=before))
+    model = lower(edit.finish())
+    assert model.graph.inputs[-1].name == "past_key_values.9.key"
+    assert [node.op_type for node in model.graph][-2:] == ["FusedMatMul", "Mul"]
+    assert extra.name == "past_key_values_9_key"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_outputs_must_match_the_slots(decoder):
+    broken = Edit(decoder, "test")
+    broken.set_slots(decoder.slots[:1])
+    with pytest.raises(UsageError, match="1 cache slots and 5 outputs"):
+        lower(broken.finish())
+
+
+def test_supported_operators_are_those_with_rules():
+    assert OnnxRuntimeBackend.supported_ops == {f"ryzen::{name}" for name in RULES if name != "linear"}
