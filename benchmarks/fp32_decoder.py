@@ -39,7 +39,8 @@ def export_in_child(shape: str, out: Path) -> dict[str, float]:
         "held, started = current_rss_bytes(), time.perf_counter()\n"
         "export(model, sys.argv[2])\n"
         "weights = sum(p.numel() * p.element_size() for p in {p.data_ptr(): p for p in model.parameters()}.values())\n"
-        "print(json.dumps(dict(seconds=time.perf_counter() - started, held=held, peak=peak_rss_bytes(), weights=weights)))\n"
+        "seconds = time.perf_counter() - started\n"
+        "print(json.dumps(dict(seconds=seconds, held=held, peak=peak_rss_bytes(), weights=weights)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, shape, str(out)], check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -73,7 +74,7 @@ class Subjects:
         out = self.compiled.generate(self.ids, max_new_tokens=self.new, do_sample=False, eos_token_id=None, stats=stats)
         return stats.prefill_seconds, stats.decode_seconds, out[0, self.ids.shape[1] :].tolist()
 
-    def _loop(self, engine) -> tuple[float, float, list[int]]:  # noqa: ANN001 - an Engine
+    def _loop(self, engine) -> tuple[float, float, list[int]]:
         """Nothing but steps and argmax over a cache that is there already."""
         cache = KVCache(engine.slots, 1, self.ids.shape[1] + self.new, limit=engine.spec.context)
         started = time.perf_counter()
@@ -105,17 +106,20 @@ def main() -> None:
         exported = export_in_child(args.shape, artifact)
         print(
             f"export: {exported['seconds']:.0f} s, peak {exported['peak'] / 2**30:.2f} GiB = "
-            f"{exported['peak'] / exported['weights']:.2f} x the float32 weights ({exported['weights'] / 2**30:.2f} GiB)"
+            f"{exported['peak'] / exported['weights']:.2f} x the fp32 weights ({exported['weights'] / 2**30:.2f} GiB)"
         )
         ids = np.random.default_rng(0).integers(0, 1000, (1, args.prompt), dtype=np.int64)
         subjects = Subjects(args.shape, artifact, ids, args.new, args.threads)
         samples = sample(
-            {"huggingface eager": subjects.eager, "generate": subjects.generate, "bare loop": subjects.bare}, args.rounds
+            {"huggingface eager": subjects.eager, "generate": subjects.generate, "bare loop": subjects.bare},
+            args.rounds,
         )
     report(samples, args, exported)
 
 
-def sample(runs: dict[str, Callable[[], tuple[float, float, list[int]]]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+def sample(
+    runs: dict[str, Callable[[], tuple[float, float, list[int]]]], rounds: int
+) -> dict[str, list[tuple[float, float]]]:
     texts = {name: run()[2] for name, run in runs.items()}
     same = len({tuple(text) for text in texts.values()}) == 1
     print(f"tokens of {', '.join(texts)}: {'identical' if same else f'DIFFERENT {texts}'}")
@@ -136,7 +140,8 @@ def report(samples: dict[str, list[tuple[float, float]]], args: argparse.Namespa
         medians[name] = statistics.median(prefill), statistics.median(decode)
         rate = (args.new - 1) / medians[name][1]
         print(
-            f"{name:<18} prefill {args.prompt / medians[name][0]:8.1f} tok/s ({min(prefill):.2f} - {max(prefill):.2f} s)   "
+            f"{name:<18} prefill {args.prompt / medians[name][0]:8.1f} tok/s "
+            f"({min(prefill):.2f} - {max(prefill):.2f} s)   "
             f"decode {rate:6.2f} tok/s ({min(decode):.2f} - {max(decode):.2f} s), "
             f"{exported['weights'] * rate / 1e9:.1f} GB/s of weights"
         )
@@ -148,10 +153,20 @@ def report(samples: dict[str, list[tuple[float, float]]], args: argparse.Namespa
     with DATA.open("a", newline="") as file:
         writer = csv.writer(file)
         if is_new:
-            writer.writerow(["date", "machine", "threads", "shape", "prompt", "new", "engine", "prefill_s", "decode_s", "versions"])
+            writer.writerow(
+                ["date", "machine", "threads", "shape", "prompt", "new", "engine", "prefill_s", "decode_s", "versions"]
+            )
         for name, pairs in samples.items():
             for prefill, decode in pairs:
-                row = [datetime.now(UTC).date(), machine.cpu.name, args.threads, args.shape, args.prompt, args.new, name]
+                row = [
+                    datetime.now(UTC).date(),
+                    machine.cpu.name,
+                    args.threads,
+                    args.shape,
+                    args.prompt,
+                    args.new,
+                    name,
+                ]
                 writer.writerow([*row, f"{prefill:.5f}", f"{decode:.5f}", json.dumps(read_versions())])
 
 

@@ -37,7 +37,9 @@ console = Console(highlight=False)
 def main() -> None:
     machine = read_machine()
     torch.set_num_threads(machine.usable_cores)
-    console.print(f"[bold]1. Capture, rewrite, export[/]  {MODEL.name} on {machine.cpu.name}, {machine.usable_cores} threads")
+    console.print(
+        f"[bold]1. Capture, rewrite, export[/]  {MODEL.name} on {machine.cpu.name}, {machine.usable_cores} threads"
+    )
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder) / "artifact"
         recipe = find_recipe("fp32")
@@ -47,9 +49,15 @@ def main() -> None:
         compare(artifact, machine.usable_cores)
 
 
-def show_passes(report) -> None:  # noqa: ANN001 - a Report
+def show_passes(report) -> None:
     table = Table(box=None, pad_edge=False)
-    for name, side in (("pass", "left"), ("places", "right"), ("operators", "right"), ("ms", "right"), ("max error", "right")):
+    for name, side in (
+        ("pass", "left"),
+        ("places", "right"),
+        ("operators", "right"),
+        ("ms", "right"),
+        ("max error", "right"),
+    ):
         table.add_column(name, justify=side)
     for record in report.records:
         error = "" if record.max_error is None else f"{record.max_error:.1e}"
@@ -74,7 +82,9 @@ def compare(artifact: Path, threads: int) -> None:
         texts = [run() for run in runs.values()]
         same = torch.equal(*texts)
         console.print(tokenizer.decode(texts[1][0], skip_special_tokens=True), markup=False, style="cyan")
-        console.print(f"\nthe {texts[1].shape[1] - ids.shape[1]} new tokens of both engines are {'the same' if same else 'DIFFERENT'}")
+        console.print(
+            f"\nthe {texts[1].shape[1] - ids.shape[1]} new tokens of both engines are {'the same' if same else 'DIFFERENT'}"
+        )
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(ROUNDS):
             for name, run in runs.items():
@@ -86,10 +96,14 @@ def compare(artifact: Path, threads: int) -> None:
     new = texts[1].shape[1] - ids.shape[1]
     for name, samples in seconds.items():
         middle = statistics.median(samples)
-        console.print(f"  {name:<26}{new / middle:8.1f} tok/s   {middle:.3f} s ({min(samples):.3f} - {max(samples):.3f})")
+        console.print(
+            f"  {name:<26}{new / middle:8.1f} tok/s   {middle:.3f} s ({min(samples):.3f} - {max(samples):.3f})"
+        )
     stored = sum(p.stat().st_size for p in artifact.iterdir())
     source = sum(p.stat().st_size for p in MODEL.glob("*.safetensors"))
-    console.print(f"  speed-up {slow / fast:.1f} x;  artifact {stored / 2**20:.1f} MiB of fp32, from {source / 2**20:.1f} MiB of fp16\n")
+    console.print(
+        f"  speed-up {slow / fast:.1f} x;  artifact {stored / 2**20:.1f} MiB of fp32, from {source / 2**20:.1f} MiB of fp16\n"
+    )
     if not same:
         raise SystemExit("the engines disagree: this is a bug, please report it")
 

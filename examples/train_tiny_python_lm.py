@@ -108,7 +108,7 @@ def mean_loss(model: LlamaForCausalLM, rows: torch.Tensor, batch: int) -> float:
 
 
 def train(model: LlamaForCausalLM, rows: torch.Tensor, held: torch.Tensor, args: argparse.Namespace) -> list[dict]:
-    # Muon orthogonalises the update of every hidden matrix; the (tied) table and the norms keep AdamW, as its authors advise.
+    # Muon orthogonalises the update of every hidden matrix; table and norms keep AdamW, as its authors advise.
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
@@ -197,7 +197,9 @@ def main() -> None:
     tokenizer = train_tokenizer(corpus.train, vocab_size=4096)
     rows = pack(corpus.train, tokenizer, args.length)
     held = pack(corpus.held_out, tokenizer, args.length)
-    print(f"{len(corpus.train)} files, {rows.shape[0] * args.length:,} training tokens, {held.shape[0] * args.length:,} held out")
+    print(
+        f"{len(corpus.train)} files, {rows.shape[0] * args.length:,} training tokens, {held.shape[0] * args.length:,} held out"
+    )
 
     end = tokenizer.convert_tokens_to_ids(END)
     config = LlamaConfig(

@@ -15,6 +15,7 @@ from ryzen_compile.config import DEFAULT_RECIPE, Recipe, find_recipe
 from ryzen_compile.errors import ArtifactError, UnsupportedError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME
 from ryzen_compile.runtime.compiled import CompiledModel
+from ryzen_compile.runtime.engine import Engine
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,10 +63,9 @@ def optimize(
     """
     source = read_source(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, progress=progress)
     chosen = find_recipe(recipe, context=context, logits=logits)
-    program, report = rewrite(
-        source.model, chosen, backend=backend, passes=passes, verify=verify, progress=progress
-    )
-    saver = None
+    program, report = rewrite(source.model, chosen, backend=backend, passes=passes, verify=verify, progress=progress)
+    saver: Callable[[Path, bool], None] | None = None
+    engine: Engine
     if backend == "onnxruntime":
         from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend
         from ryzen_compile.backends.onnxruntime.session import SessionOptions
@@ -101,7 +101,7 @@ def export(
     local_files_only: bool | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Writes the artifact of ``model`` to ``out`` without loading it: one pass over the weights. See :func:`optimize`."""
+    """Writes the artifact of ``model`` to ``out`` without loading it: one pass over the weights. See ``optimize``."""
     target = Path(out)
     _refuse_target(target, model, force)
     source = read_source(
@@ -201,9 +201,7 @@ def read_source(
     return Source(loaded, os.fspath(model), tokenizer or own_tokenizer, generation_config)
 
 
-def _write_artifact(
-    out: Path, program: Program, report: Report, recipe: Recipe, source: Source, force: bool
-) -> None:
+def _write_artifact(out: Path, program: Program, report: Report, recipe: Recipe, source: Source, force: bool) -> None:
     from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend, artifact
     from ryzen_compile.backends.onnxruntime.lowering import cache_slots
     from ryzen_compile.validate.machine import read_versions
@@ -239,7 +237,7 @@ def _companions(source: Source) -> Companions:
 
 
 def _config_dict(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.to_dict() if hasattr(config, "to_dict") else {}
 
 

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -77,15 +77,15 @@ def capture(model: nn.Module, *, context: int | None = None) -> Program:
 class _WithPositions(nn.Module):
     """The call every decoder is reduced to."""
 
-    def __init__(self, model: nn.Module, positions: bool, no_cache: bool) -> None:
+    def __init__(self, model: nn.Module, takes_positions: bool, no_cache: bool) -> None:
         super().__init__()
         self.model_to_capture = model
-        self._arguments = {"use_cache": False} if no_cache else {}
-        self._positions = positions
+        self._arguments: Any = {"use_cache": False} if no_cache else {}
+        self._takes_positions: Any = takes_positions
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        arguments = dict(self._arguments)
-        if self._positions:
+        arguments: dict[str, Any] = dict(self._arguments)
+        if self._takes_positions:
             arguments["position_ids"] = position_ids
         result = self.model_to_capture(input_ids, **arguments)
         logits = getattr(result, "logits", result)
@@ -98,7 +98,7 @@ def _wrap(model: nn.Module) -> _WithPositions:
 
 
 def _export(wrapped: _WithPositions, context: int) -> ExportedProgram:
-    # A table or mask of the context's size bounds the tokens; at exactly that size its slice is none, a case of its own.
+    # A table or mask of the context's size bounds the tokens; at exactly that size its slice is a case of its own.
     batch, tokens = Dim("batch"), Dim("tokens", max=max(context - 1, 8))
     ids = torch.zeros((2, 7), dtype=torch.long)  # sizes of one would be specialised to one
     positions = torch.arange(7).repeat(2, 1)
@@ -122,7 +122,7 @@ def _refuse_foreign(exported: ExportedProgram) -> None:
     for node in exported.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in NAMESPACES:
             raise UnsupportedError(
-                f"node {node.name} in {module_path(node) or 'the model'} calls {node.target}, expected an ATen operator",
+                f"node {node.name} in {module_path(node) or 'the model'} calls {node.target}, expected ATen",
                 hint="a private operator cannot be rewritten or exported; is there a setting that avoids it?",
             )
 
@@ -145,7 +145,7 @@ def _decompositions() -> dict:
 
 
 @contextmanager
-def _attention_recorder(model: nn.Module) -> Iterator[bool]:
+def _attention_recorder(model: Any) -> Iterator[bool]:
     """Switches a Hugging Face model to our attention; yields whether it honours the interface."""
     if not (hasattr(model, "set_attn_implementation") and hasattr(model, "config")):
         yield False
@@ -155,14 +155,12 @@ def _attention_recorder(model: nn.Module) -> Iterator[bool]:
 
     AttentionInterface.register(ATTENTION, _attention_function)
     AttentionMaskInterface.register(ATTENTION, _mask_function())
-    before = [(config, name, getattr(config, name)) for config in _configs(model) for name in SWITCHES if hasattr(config, name)]
+    before = [(c, name, getattr(c, name)) for c in _configs(model) for name in SWITCHES if hasattr(c, name)]
     try:
         if hasattr(model, "set_experts_implementation") and hasattr(model.config, SWITCHES[1]):
             model.set_experts_implementation(EXPERTS)
-        try:
+        with suppress(ValueError, AttributeError, KeyError):  # how a model says that it does not honour the interface
             model.set_attn_implementation(ATTENTION)
-        except (ValueError, AttributeError, KeyError):
-            pass
         honoured = model.config._attn_implementation == ATTENTION
         if not honoured:
             model.set_attn_implementation("eager")
@@ -174,26 +172,22 @@ def _attention_recorder(model: nn.Module) -> Iterator[bool]:
         AttentionMaskInterface._global_mapping.pop(ATTENTION, None)
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    found = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
-    return list(found.values())
+def _configs(model: Any) -> list[Any]:
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in configs if hasattr(config, SWITCHES[0])}.values())
 
 
 def _mask_function() -> Callable[..., MaskSpec]:
     """The eager run reads each mask; the traced run, where tensors hold no values, gets the same specs in order."""
     specs: list[MaskSpec] = []
-    replayed = iter(())
+    replayed = 0
 
     def mask(*, mask_function: Callable, local_size: int | None = None, **_: object) -> MaskSpec:
         nonlocal replayed
         if torch.compiler.is_exporting():
-            spec = next(replayed, None)
-            if spec is None:
-                replayed = iter(specs)
-                spec = next(replayed)
-            return spec
+            replayed += 1
+            return specs[(replayed - 1) % len(specs)]
         specs.append(read_mask(mask_function, local_size))
-        replayed = iter(specs)
         return specs[-1]
 
     return mask
@@ -223,7 +217,7 @@ def _attention_function(
 
 
 def _configured_context(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", model)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "n_positions", "block_size", "context_length", "max_seq_len"):
         value = getattr(config, name, None)
@@ -272,7 +266,6 @@ def _same_weight(exported: ExportedProgram, specs: dict, a: torch.fx.Node, b: to
 
 
 def _config_digest(model: nn.Module) -> str:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.to_json_string(use_diff=False) if hasattr(config, "to_json_string") else repr(config)
     return hashlib.sha256(text.encode()).hexdigest()
-

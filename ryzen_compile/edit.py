@@ -84,7 +84,9 @@ class Edit:
         while unique in taken or unique in self._state:
             serial += 1
             unique = f"{name}_{serial}"
-        node = self._placeholder(unique, self._fake.from_tensor(value, static_shapes=True), before=self._first_user_input())
+        node = self._placeholder(
+            unique, self._fake.from_tensor(value, static_shapes=True), before=self._first_user_input()
+        )
         self._state[unique] = value
         self._added[unique] = node
         specs = self._signature.input_specs
@@ -93,7 +95,7 @@ class Edit:
         return node
 
     def add_input(self, name: str, value: Tensor) -> fx.Node:
-        """Adds a user input after the existing ones; ``value`` is a tensor made by ``fake_input``."""
+        """Adds a user input after the existing ones; ``value`` is made by ``fake_empty``."""
         last = self._program.inputs[-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name)
@@ -127,13 +129,13 @@ class Edit:
     def set_slots(self, slots: tuple[CacheSlot, ...]) -> None:
         self._slots = slots
 
-    def fake_input(self, make: Callable[[], Tensor]) -> Tensor:
-        """Runs ``make`` under the graph's fake mode: a tensor of shape and dtype only."""
+    def fake_empty(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of size (symbols allowed) and type only, for ``add_input``."""
         with self._fake:
-            return make()
+            return torch.empty(size, dtype=dtype)
 
-    def new_dim(self, example: int) -> torch.SymInt:
-        """A fresh symbolic dimension of at least one, for an input whose size nobody fixed."""
+    def new_dim(self, example: int) -> int:
+        """A fresh symbolic dimension (to the type checker an int), for an input whose size nobody fixed."""
         from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +20,7 @@ def interpret(
     weights: Mapping[str, Tensor] | None = None,
     double: bool = False,
     watch: Callable[[fx.Node, object], None] | None = None,
-) -> list[object]:
+) -> list[Any]:
     """The values of ``targets`` when the nodes in ``feeds`` have the given values.
 
     Only what the targets need is computed, and a value is dropped after its last reader, so memory holds about one
@@ -68,7 +69,8 @@ def _needed(graph: fx.Graph, targets: Iterable[fx.Node], known: Mapping[fx.Node,
         if node not in known and node not in needed:
             needed.add(node)
             pending.extend(node.all_input_nodes)
-    ordered, placed = [], set()
+    ordered: list[fx.Node] = []
+    placed: set[fx.Node] = set()
     for node in graph.nodes:
         if node in needed and node.op != "placeholder":
             ordered.extend(w for w in node.all_input_nodes if w.op == "placeholder" and w in needed and w not in placed)

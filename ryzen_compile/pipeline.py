@@ -23,7 +23,7 @@ from ryzen_compile.passes.merge_linear import MergeLinear
 from ryzen_compile.passes.prune_logits import PruneLogits
 from ryzen_compile.passes.recognize_activation import RecognizeActivation
 from ryzen_compile.program import Program
-from ryzen_compile.report import PassRecord, Report
+from ryzen_compile.report import PassRecord, Report, Status
 from ryzen_compile.verify import verify
 
 
@@ -70,9 +70,9 @@ def run_passes(
     """Runs ``passes`` in order; returns the final Program and the record.
 
     A pass whose operators the backend lacks is recorded as unsupported and not run. With a ``gate``, a pass that leaves
-    its budget is rolled back and named with the module that moved; a ``required`` one raises ``ParityError`` or, when it
-    could not rewrite everything it must, ``UnsupportedError``. ``strict`` checks the IR's law after every pass instead
-    of at both ends.
+    its budget is rolled back and named with the module that moved; a ``required`` one raises ``ParityError`` or, when
+    it could not rewrite everything it must, ``UnsupportedError``. ``strict`` checks the IR's law after every pass,
+    not only at both ends.
     """
     captured_ops = dict(Counter(program.ops()))
     verify(program)
@@ -137,7 +137,7 @@ def _required_failure(pass_: Pass, result: PassResult, before: Sequence[PassReco
 
 def _record(
     pass_: Pass,
-    status: str,
+    status: Status,
     program: Program,
     result: PassResult,
     seconds: float,

@@ -38,9 +38,9 @@ class Probe:
     def _reached(self, roots: Iterable[fx.Node], *, through_sizes: bool) -> set[fx.Node]:
         found = set(roots)
         for node in self._program.graph.nodes:
-            if node.op == "call_function" and any(source in found for source in node.all_input_nodes):
-                if through_sizes or not is_call(node, aten.sym_size):
-                    found.add(node)
+            reads = node.op == "call_function" and not found.isdisjoint(node.all_input_nodes)
+            if reads and (through_sizes or not is_call(node, aten.sym_size)):
+                found.add(node)
         return found
 
     def evaluate(self, target: fx.Node, feeds: Mapping[fx.Node, Tensor], tokens: int, batch: int = 1) -> Tensor:
@@ -63,13 +63,14 @@ class Probe:
         expandable: frozenset[object],
         until: Callable[[fx.Node], bool] = lambda _: True,
     ) -> tuple[fx.Node, set[fx.Node]] | None:
-        """The nearest tensor that every token-dependent path into ``exit_`` goes through and that ``until`` accepts, and
-        the nodes between.
+        """The nearest tensor that every token-dependent path into ``exit_`` goes through and that ``until`` accepts,
+        and the nodes between.
 
         Walks back, latest node first, through calls of ``expandable`` overload packets only; none when the walk has to
         cross anything else.
         """
-        frontier, region = {exit_}, set()
+        frontier: set[fx.Node] = {exit_}
+        region: set[fx.Node] = set()
         while True:
             latest = max(frontier, key=self.order.__getitem__)
             if len(frontier) == 1 and region and isinstance(latest.meta["val"], Tensor) and until(latest):

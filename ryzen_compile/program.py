@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind
 
 from ryzen_compile.spec import CacheSlot, ModelSpec
 
@@ -25,7 +26,7 @@ WEIGHT_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONST
 
 @dataclass(frozen=True)
 class Program:
-    """``slots`` is empty until ``insert_kv_cache`` has run; ``provenance`` says which model and versions it came from."""
+    """``slots`` is empty until ``insert_kv_cache`` has run; ``provenance`` says what it came from."""
 
     exported: ExportedProgram
     spec: ModelSpec
@@ -76,7 +77,11 @@ class Program:
         return self.with_graph(_copy_graph(self.graph), dict(self.exported.state_dict), dict(self.exported.constants))
 
     def with_graph(
-        self, graph: fx.Graph, state: dict[str, Tensor], constants: dict, signature: object | None = None
+        self,
+        graph: fx.Graph,
+        state: dict[str, Tensor],
+        constants: dict[str, Any],
+        signature: ExportGraphSignature | None = None,
     ) -> Program:
         old = self.exported
         exported = ExportedProgram(
@@ -108,8 +113,8 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def _copy_signature(signature):  # noqa: ANN001, ANN202 - torch's own class, rebuilt shallowly
-    return type(signature)(list(signature.input_specs), list(signature.output_specs))
+def _copy_signature(signature: ExportGraphSignature) -> ExportGraphSignature:
+    return ExportGraphSignature(list(signature.input_specs), list(signature.output_specs))
 
 
 def op_name(node: fx.Node) -> str:

@@ -64,9 +64,8 @@ class Report:
         for r in self.records:
             moved = f"{r.nodes_before}>{r.nodes_after}"
             error = "" if r.max_error is None else f"{r.max_error:.1e}"
-            out.append(
-                f"{r.name:<22}{r.status:<13}{len(r.hits):>5}{len(r.misses):>6}{moved:>12}{r.seconds * 1e3:>8.0f}{error:>11}"
-            )
+            counts = f"{len(r.hits):>5}{len(r.misses):>6}{moved:>12}{r.seconds * 1e3:>8.0f}"
+            out.append(f"{r.name:<22}{r.status:<13}{counts}{error:>11}")
             if r.detail:
                 out.append(f"    {r.detail}")
             if misses:
@@ -139,7 +138,8 @@ dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; fo
 dd {{ margin: 0; overflow-wrap: anywhere; }}
 </style></head><body>
 <h1>{title}</h1><p>{parameters} parameters</p>
-<table><thead><tr><th>pass</th><th>status</th><th>hits</th><th>left alone</th><th>nodes</th><th>ms</th><th>max error</th></tr></thead>
+<table><thead><tr><th>pass</th><th>status</th><th>hits</th><th>left alone</th><th>nodes</th><th>ms</th>
+<th>max error</th></tr></thead>
 <tbody>
 {rows}
 </tbody></table>

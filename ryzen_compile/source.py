@@ -36,6 +36,8 @@ _HUB_SKIP = ("*/*.safetensors", "consolidated*.safetensors")  # second copies of
 _PICKLES = (".bin", ".pt", ".pt2", ".pth", ".pkl", ".ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _CODE_CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
+
+
 @dataclass(frozen=True)
 class SourceFiles:
     """An inspected model directory: its ``config.json`` and the weight files, with the tensors their headers list."""

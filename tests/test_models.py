@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from zoo import CASES, CONTEXT, LAYERS, VOCAB, WINDOW, Case, NanoDecoder, build, randomize
 
 from ryzen_compile.api import rewrite
 from ryzen_compile.backends.eager import EagerBackend
@@ -23,10 +22,21 @@ from ryzen_compile.program import Program
 from ryzen_compile.report import Report
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.compiled import CompiledModel
+from tests.zoo import CASES, CONTEXT, LAYERS, VOCAB, WINDOW, Case, NanoDecoder, build, randomize
 
 NEW = 64
-NANO = {"bind_positions": 1, "fuse_attention": LAYERS, "fuse_norm": 5, "fuse_add_norm": 5, "fuse_linear": 2, "insert_kv_cache": 2}
-NANO_CASES = (Case("nano", {"spelled_out": False}, NANO, kv_heads=4), Case("nano_spelled_out", {"spelled_out": True}, NANO, kv_heads=4))
+NANO = {
+    "bind_positions": 1,
+    "fuse_attention": LAYERS,
+    "fuse_norm": 5,
+    "fuse_add_norm": 5,
+    "fuse_linear": 2,
+    "insert_kv_cache": 2,
+}
+NANO_CASES = (
+    Case("nano", {"spelled_out": False}, NANO, kv_heads=4),
+    Case("nano_spelled_out", {"spelled_out": True}, NANO, kv_heads=4),
+)
 
 
 class Subject:
@@ -41,7 +51,7 @@ class Subject:
             randomize(self.model)
         else:
             self.model = build(case)
-        draw = lambda n: torch.randint(3, VOCAB, (1, n), generator=generator)  # noqa: E731
+        draw = lambda n: torch.randint(3, VOCAB, (1, n), generator=generator)
         self.prompts = [draw(23), draw(5)]
         assert self.prompts[1].shape[1] < WINDOW < self.prompts[0].shape[1]
         self.padded, self.mask = left_padded([draw(3), draw(11), draw(23)])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from zoo import CASES, build
 
 import ryzen_compile
+from tests.zoo import CASES, build
 
 
 def test_capture_export_generate(tmp_path: Path) -> None:

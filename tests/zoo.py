@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 LAYERS, VOCAB, CONTEXT, WINDOW = 2, 99, 160, 8
+MIXED = ["sliding_attention", "full_attention"]
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -58,7 +59,7 @@ CASES = (
     Case("qwen3", {"head_dim": 16}, _hits(4, 9, 4, 4, 2)),
     Case("gemma", {"head_dim": 16}, _hits(4, 5, 4, 4, 2)),
     Case("gemma2", {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 16}, _hits(4, 9, 4, 4, 2)),
-    Case("gemma3_text", {"head_dim": 16, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    Case("gemma3_text", {"head_dim": 16, "sliding_window": WINDOW, "layer_types": MIXED},
          _hits(4, 13, 4, 4, 2)),
     Case("phi", {"partial_rotary_factor": 0.5}, _hits(4, 3, 2, 2, 2)),
     Case("phi3", {"sliding_window": WINDOW}, _hits(4, 5, 4, 0, 2)),
@@ -66,17 +67,17 @@ CASES = (
          _hits(0, 5, 5, 0, 2), kv_heads=4),
     Case("gpt_neox", {"rotary_pct": 0.25}, _hits(4, 5, 2, 0, 2), kv_heads=4),
     Case("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}, _hits(0, 5, 1, 2, 2), kv_heads=4),
-    Case("granite", {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
-         _hits(4, 5, 4, 4, 2)),
+    Case("granite", {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 4.0,
+                     "embedding_multiplier": 3.0}, _hits(4, 5, 4, 4, 2)),
     Case("olmo2", hits=_hits(4, 9, 1, 4, 2)),
     Case("smollm3", {"no_rope_layers": [1, 0]}, _hits(2, 5, 4, 4, 2)),
     Case("stablelm", {"partial_rotary_factor": 0.25}, _hits(4, 5, 4, 4, 2)),
     Case("starcoder2", {"sliding_window": WINDOW}, _hits(4, 5, 4, 2, 2)),
-    Case("cohere2", {"head_dim": 16, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    Case("cohere2", {"head_dim": 16, "sliding_window": WINDOW, "layer_types": MIXED},
          _hits(2, 3, 2, 4, 2)),
     Case("glm4", {"head_dim": 16, "partial_rotary_factor": 0.5}, _hits(4, 9, 4, 2, 2)),
     Case("exaone4", {"head_dim": 16, "sliding_window": WINDOW, "sliding_window_pattern": 2,
-                     "layer_types": ["sliding_attention", "full_attention"]}, _hits(2, 9, 1, 4, 2)),
+                     "layer_types": MIXED}, _hits(2, 9, 1, 4, 2)),
 )  # fmt: skip
 
 

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ryzen_compile.cli import output
-
 if TYPE_CHECKING:
     from ryzen_compile.runtime.engine import Engine
     from ryzen_compile.validate.latency import Timing
@@ -24,7 +22,9 @@ def bench(
     new: Annotated[list[int] | None, typer.Option("-n", min=0, help="tg tests: tokens one by one.")] = None,
     depth: Annotated[list[int] | None, typer.Option("-d", min=0, help="Tokens already in the cache.")] = None,
     repeats: Annotated[int, typer.Option("-r", min=1, help="Samples of each test.")] = 5,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads; default: usable cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", min=1, help="Threads; default: usable cores.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="Recipe, when TARGET is no artifact.")] = "fp32",
     form: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
     seed: Annotated[int, typer.Option(help="Of the random ids and weights.")] = 0,
@@ -37,7 +37,9 @@ def bench(
     from ryzen_compile.validate.table import Row, render
 
     if (target is None) == (shape is None):
-        raise UsageError("give either TARGET or --shape", hint="for example: ryzen-compile bench --shape tinyllama-1.1b")
+        raise UsageError(
+            "give either TARGET or --shape", hint="for example: ryzen-compile bench --shape tinyllama-1.1b"
+        )
     used = threads or read_machine().usable_cores
     tests = [Workload("pp", n, d) for d in depth or [0] for n in (prompt if prompt is not None else [512]) if n]
     tests += [Workload("tg", n, d) for d in depth or [0] for n in (new if new is not None else [128]) if n]
@@ -48,15 +50,16 @@ def bench(
     parameters = engines[0].spec.parameters
     rows = [Row(name, weights[t.engine], parameters, used, t) for t in timings]
     stream = stream_read_gbps(threads=used)
+    peak = peak_rss_bytes()
     facts = {
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": peak,
         "stream_read_gbps": stream,
         "machine": read_machine().cpu.name,
         "versions": dict(read_machine().versions),
     }
     typer.echo(render(rows, form, extra=facts))  # type: ignore[arg-type]
     if form == "md":
-        for line in _summary(timings, weights, stream, facts["peak_rss_bytes"]):
+        for line in _summary(timings, weights, stream, peak):
             typer.echo(line)
 
 
@@ -70,7 +73,7 @@ def _open(
 
     unknown = set(names) - {"onnxruntime", "hf", "eager"}
     if unknown:
-        raise UsageError(f"unknown engine {sorted(unknown)[0]!r}", hint="engines are onnxruntime, hf and eager")
+        raise UsageError(f"unknown engine {min(unknown)!r}", hint="engines are onnxruntime, hf and eager")
     artifact = Path(target) if target and (Path(target) / MANIFEST_NAME).exists() else None
     model: Any = None
     if artifact is None:

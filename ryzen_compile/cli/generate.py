@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from ryzen_compile.cli import output
@@ -43,11 +44,12 @@ def generate(
     if temperature:
         sampling |= {"do_sample": True, "temperature": temperature}
     with load(artifact, threads=threads, digests=not no_digests) as model:
-        if model.tokenizer is None:
+        tokenizer: Any = model.tokenizer
+        if tokenizer is None:
             raise ArtifactError(f"{artifact} holds no tokenizer.json", hint="generate from ids through the Python API")
-        ids = model.tokenizer(text)["input_ids"]
+        ids = np.array([tokenizer.encode(text)], dtype=np.int64)
         stats = GenerationStats()
-        printer = None if as_json else _Printer(model.tokenizer)
+        printer = None if as_json else _Printer(tokenizer)
         given = {name: value for name, value in sampling.items() if value is not None}
         result = model.generate(ids, max_new_tokens=max_new_tokens, streamer=printer, stats=stats, **given)
         new = result[0, ids.shape[1] :].tolist()
@@ -56,7 +58,7 @@ def generate(
                 {
                     "prompt_tokens": int(ids.shape[1]),
                     "new_tokens": len(new),
-                    "text": model.tokenizer.decode(new, skip_special_tokens=True),
+                    "text": tokenizer.decode(new, skip_special_tokens=True),
                     "ids": new,
                     "time_to_first_token_s": stats.time_to_first_token,
                     "decode_tokens_per_s": stats.decode_tokens / stats.decode_seconds if stats.decode_seconds else None,
@@ -64,7 +66,9 @@ def generate(
             )
             return
     rate = f"{stats.decode_tokens / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds else "one token"
-    output.stderr().print(f"[{len(new)} tokens, first after {stats.time_to_first_token * 1e3:.0f} ms, {rate}]", markup=False)
+    output.stderr().print(
+        f"[{len(new)} tokens, first after {stats.time_to_first_token * 1e3:.0f} ms, {rate}]", markup=False
+    )
 
 
 class _Printer:

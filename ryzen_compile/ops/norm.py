@@ -18,7 +18,7 @@ def _rms(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> Ten
     y = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         y = y * (1.0 + wide(weight) if unit_offset else wide(weight))
-    return y.to(x.dtype)
+    return y.to(x.dtype).contiguous()
 
 
 @torch.library.custom_op("ryzen::rms_norm", mutates_args=())
@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) ->
 
 @rms_norm.register_fake
 def _(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("ryzen::add_rms_norm", mutates_args=())
@@ -54,7 +54,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 @layer_norm.register_fake
 def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("ryzen::add_layer_norm", mutates_args=())

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021) from a table, in its half-split and interleaved, full and partial forms."""
+"""Rotary position embedding (Su et al., 2021) from a table: half-split and interleaved, full and partial."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: 
     """Rotates the first ``2 R`` channels of every head by the angle of its position.
 
     ``x`` (B, H, T, D), ``positions`` (B, T) int64, ``cos`` and ``sin`` (N, R) with ``2 R <= D`` and every position
-    below ``N``; returns (B, H, T, D). Half-split pairs channel ``i`` with ``i + R``, interleaved ``2 i`` with ``2 i + 1``.
+    below ``N``; returns (B, H, T, D). Half-split pairs channel ``i`` with ``i + R``, interleaved ``2 i`` with
+    ``2 i + 1``.
     """
     return rotate(x, cos[positions].unsqueeze(1), sin[positions].unsqueeze(1), interleaved)
 

@@ -67,8 +67,8 @@ class Pass(ABC):
 class RewritePass(Pass, Generic[Found]):
     """Visits every node that calls one of ``anchors``, in graph order, and rewrites where ``match`` says so.
 
-    ``match`` returns what ``rewrite`` needs, a ``NoMatch`` for a near-miss worth telling, or none for a node that is not
-    this pass's business at all.
+    ``match`` returns what ``rewrite`` needs, a ``NoMatch`` for a near-miss worth telling, or none for a node that is
+    not this pass's business at all.
     """
 
     anchors: ClassVar[tuple[object, ...]]

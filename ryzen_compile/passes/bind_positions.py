@@ -1,8 +1,8 @@
 """A table read by counting tokens becomes a table read at ``position_ids``.
 
-After canonicalize, before fuse_rotary. A plain decoder adds ``wpe(arange(T))`` or ``table[:T]`` to its embeddings: right for a
-whole sequence, wrong for the one token that follows a cached prompt. Such a tensor ``g`` depends on nothing but the
-number of tokens, and its row ``t`` is the same however many follow:
+After canonicalize, before fuse_rotary. A plain decoder adds ``wpe(arange(T))`` or ``table[:T]`` to its embeddings:
+right for a whole sequence, wrong for the one token that follows a cached prompt. Such a tensor ``g`` depends on nothing
+but the number of tokens, and its row ``t`` is the same however many follow:
 
     g_T[t] = table[t]     ->     embedding(table, position_ids)
 
@@ -55,7 +55,8 @@ class BindPositions(RewritePass[Match]):
         context = program.spec.context
         table = _rows(probe, counted, context)
         short = max(context // 2, 1)
-        if table is None or not torch.equal(_rows(probe, counted, short), table[:short]):
+        fewer = _rows(probe, counted, short)
+        if table is None or fewer is None or not torch.equal(fewer, table[:short]):
             return NoMatch("a row depends on how many tokens there are", counted)
         return Match(add, counted, table)
 

@@ -31,10 +31,10 @@ aten = torch.ops.aten
 captured = torch.ops.ryzen.attention.default
 MASK_ROWS = 2048  # a mask built in the graph is read at this many tokens (or the context, if shorter)
 HIDDEN = -1e4  # a score this low has no weight in float32, nor in float16
-REPEATS = frozenset((aten.reshape, aten.view, aten.expand, aten.unsqueeze, aten.clone, aten.repeat, aten.index, aten.index_select,
-                     aten.repeat_interleave))  # fmt: skip
-SCORES = frozenset((aten.mul, aten.div, aten.add, aten.sub, aten.neg, aten.tanh, aten.where, aten.masked_fill, aten.maximum,
-                    aten.minimum, aten.clamp, aten._to_copy, aten.expand))  # fmt: skip
+LAYOUT = (aten.reshape, aten.view, aten.expand, aten.unsqueeze, aten.clone)
+REPEATS = frozenset((*LAYOUT, aten.repeat, aten.index, aten.index_select, aten.repeat_interleave))
+ARITHMETIC = (aten.mul, aten.div, aten.add, aten.sub, aten.neg, aten.tanh, aten._to_copy, aten.expand)
+SCORES = frozenset((*ARITHMETIC, aten.where, aten.masked_fill, aten.maximum, aten.minimum, aten.clamp))
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,7 @@ def _match_softmax(node: fx.Node, probe: Probe, context: int) -> Match | NoMatch
     return Match(out, q, source, _unrepeated(out.args[1], probe), None, scale, softcap, spec, True, straight)
 
 
-def _read_scores(
-    scores: fx.Node, product: fx.Node, probe: Probe, n: int
-) -> tuple[float, float, MaskSpec] | NoMatch:
+def _read_scores(scores: fx.Node, product: fx.Node, probe: Probe, n: int) -> tuple[float, float, MaskSpec] | NoMatch:
     """Feeds constant products to the piece of graph between ``Q Kᵀ`` and the softmax."""
     heads = int(shape(product)[1])
 
@@ -185,7 +183,7 @@ def _read_rows(visible: Tensor, n: int) -> MaskSpec:
     if not torch.equal(square, square[:, :1].expand_as(square)):
         raise UnsupportedError("heads have different masks")
     rows = square[0, 0]
-    return read_mask(lambda b, h, q, k: rows[q, k], length=n)
+    return read_mask(lambda _batch, _head, q, k: rows[q, k], length=n)
 
 
 def _unrepeated(node: fx.Node, probe: Probe) -> fx.Node:

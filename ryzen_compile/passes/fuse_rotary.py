@@ -1,8 +1,8 @@
 """Recognise rotary position embedding by what it computes, and make it one ``ryzen::rotary`` over a table.
 
-After canonicalize, before fuse_attention: queries and keys reach the attention rotated. Models spell the rotation in many
-ways (``rotate_half``, interleaved, ``stack``, partial, chunked, scaled angles). All of them are the same linear map of
-a head's channels at each position:
+After canonicalize, before fuse_attention: queries and keys reach the attention rotated. Models spell the rotation in
+many ways (``rotate_half``, interleaved, ``stack``, partial, chunked, scaled angles). All of them are the same linear
+map of a head's channels at each position:
 
     y[a_i] = x[a_i] cos_i(t) - x[b_i] sin_i(t)          half-split:   a_i = i,   b_i = i + R
     y[b_i] = x[b_i] cos_i(t) + x[a_i] sin_i(t)          interleaved:  a_i = 2i,  b_i = 2i + 1
@@ -79,9 +79,7 @@ def _mixes(node: fx.Node, probe: Probe) -> bool:
     return any(source in probe.of_positions for source in node.all_input_nodes)
 
 
-def match(
-    start: fx.Node, probe: Probe, program: Program, tables: dict, consumed: set[fx.Node]
-) -> Match | NoMatch:
+def match(start: fx.Node, probe: Probe, program: Program, tables: dict, consumed: set[fx.Node]) -> Match | NoMatch:
     region = _rotation_region(start, probe)
     if region is None:
         return NoMatch("no single tensor is both the source and the shape of the rotated value", start)

@@ -56,14 +56,16 @@ class InsertKVCache(Pass):
     def run(self, program: Program) -> PassResult:
         edit = Edit(program, self.name)
         nodes = [n for n in edit.graph.nodes if is_call(n, attention)]
-        matches = [_match(node) for node in nodes]
-        matches += [NoMatch("mixes tokens outside an attention that was recognised", n) for n in _mixers(edit)]
-        misses = [Site(m.node.name, module_path(m.node), m.reason) for m in matches if isinstance(m, NoMatch)]
+        found = [_match(node) for node in nodes]
+        matches = [m for m in found if isinstance(m, Match)]
+        stray = [NoMatch("mixes tokens outside an attention that was recognised", n) for n in _mixers(edit)]
+        refused = [*(m for m in found if isinstance(m, NoMatch)), *stray]
+        misses = [Site(m.node.name, module_path(m.node), m.reason) for m in refused]
         if misses or not matches:
             return PassResult(program, misses=tuple(misses))
         batch = shape(edit.program.inputs[0])[0]
         total, capacity = edit.new_dim(11), edit.new_dim(13)
-        mask = edit.add_input("attention_mask", edit.fake_input(lambda: torch.empty((batch, total), dtype=torch.long)))
+        mask = edit.add_input("attention_mask", edit.fake_empty((batch, total), torch.long))
         lengths = edit.call(aten.sum.dim_IntList, mask, [1], before=_first_call(edit.graph))
         slots, hits = [], []
         for i, m in enumerate(matches):
@@ -82,7 +84,9 @@ def _mixers(edit: Edit) -> list[fx.Node]:
     def square(node: fx.Node) -> bool:
         return sum(not isinstance(d, int) and d == tokens for d in shape(node)) > 1
 
-    return [n for n in edit.graph.nodes if n in of_tokens and n.op == "call_function" and (square(n) or is_call(n, *SCANS))]
+    return [
+        n for n in edit.graph.nodes if n in of_tokens and n.op == "call_function" and (square(n) or is_call(n, *SCANS))
+    ]
 
 
 def _match(node: fx.Node) -> Match | NoMatch:
@@ -110,16 +114,11 @@ def _first_call(graph: fx.Graph) -> fx.Node:
     return next(n for n in graph.nodes if n.op == "call_function")
 
 
-def _rewrite(
-    edit: Edit, m: Match, slot: CacheSlot, lengths: fx.Node, batch: torch.SymInt, capacity: torch.SymInt
-) -> None:
-    caches = [
-        edit.add_input(
-            f"past_key_values_{slot.layer}_{kind}",
-            edit.fake_input(lambda d=dim: torch.empty((batch, slot.kv_heads, capacity, d))),
-        )
-        for kind, dim in (("key", slot.head_dim), ("value", slot.value_dim))
-    ]
+def _rewrite(edit: Edit, m: Match, slot: CacheSlot, lengths: fx.Node, batch: int, capacity: int) -> None:
+    caches = []
+    for kind, dim in (("key", slot.head_dim), ("value", slot.value_dim)):
+        size = (batch, slot.kv_heads, capacity, dim)
+        caches.append(edit.add_input(f"past_key_values_{slot.layer}_{kind}", edit.fake_empty(size, torch.float32)))
     _, _, _, sinks, scale, window, softcap, _ = m.node.args
     heads = int(shape(m.q)[1])
     packed = _packed(m, heads, slot)
@@ -161,7 +160,9 @@ def _packed(m: Match, heads: int, slot: CacheSlot) -> fx.Node | None:
         return None
     parts = []
     for x in (m.q, m.k, m.v):
-        if not (is_call(x, aten.permute) and list(x.args[1]) == [0, 2, 1, 3] and is_call(x.args[0], aten.reshape, aten.view)):
+        if not (
+            is_call(x, aten.permute) and list(x.args[1]) == [0, 2, 1, 3] and is_call(x.args[0], aten.reshape, aten.view)
+        ):
             return None
         parts.append(x.args[0].args[0])
     if any(p.target is not operator.getitem for p in parts):

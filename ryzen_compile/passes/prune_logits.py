@@ -42,7 +42,9 @@ class PruneLogits(Pass):
             return PassResult(program, misses=(Site(head.name, module_path(head), "the output is not a linear head"),))
         hidden = head.args[0]
         if len(shape(hidden)) != 3 or not statically_known_true(shape(hidden)[1] == tokens):
-            return PassResult(program, misses=(Site(hidden.name, module_path(hidden), f"the head reads {shape(hidden)}"),))
+            return PassResult(
+                program, misses=(Site(hidden.name, module_path(hidden), f"the head reads {shape(hidden)}"),)
+            )
         last = edit.call(aten.slice.Tensor, hidden, 1, -1, 2**63 - 1, before=head)
         value = edit.call(head.target, last, *head.args[1:], before=logits)
         for node in reversed(chain):

@@ -19,7 +19,7 @@ DEFAULT_NEW_TOKENS = 20
 
 
 class TextDecoder(Protocol):
-    """The part of a tokenizer that stop strings need."""
+    """The part of a tokenizer that stop strings and streamers need."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool, **options: bool) -> str: ...
 

@@ -8,6 +8,9 @@ chunk, single tokens, each row on its own length, so a cache that is off by one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -64,7 +67,7 @@ class ParityGate:
 
 def full_logits(program: Program, ids: Tensor, *, double: bool = False) -> Tensor:
     """(B, T, V) logits of an uncached Program on ``ids`` (B, T), positions from zero."""
-    (logits,) = interpret(program, _feeds(program, ids), [program.outputs[0]], double=double)
+    logits: Tensor = interpret(program, _feeds(program, ids), [program.outputs[0]], double=double)[0]
     return logits
 
 
@@ -82,7 +85,9 @@ def _cached_logits(program: Program, ids: Tensor) -> tuple[Tensor, list[int]]:
     """One sequence in ``CHUNKS``; the capacity is larger than the sequence, so unwritten rows must not matter."""
     tokens = ids.shape[1]
     caches = [torch.zeros((1, s.kv_heads, tokens + 3, d)) for s in program.slots for d in (s.head_dim, s.value_dim)]
-    collected, rows, done = [], [], 0
+    collected: list[Tensor] = []
+    rows: list[int] = []
+    done = 0
     for size in CHUNKS:
         size = min(size, tokens - done)
         if size <= 0:
@@ -109,8 +114,8 @@ def _feeds(
     return {node: given[node.name] for node in program.inputs}
 
 
-def _watch(program: Program, ids: Tensor, watch) -> None:  # noqa: ANN001
-    def tensors(node: fx.Node, value: object) -> None:
+def _watch(program: Program, ids: Tensor, watch: Callable[[fx.Node, Any], object]) -> None:
+    def tensors(node: fx.Node, value: Any) -> None:
         if not is_call(node, torch.ops.aten.sym_size):
             watch(node, value)
 

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim
 from torch.nn import functional
 
 from ryzen_compile import ops
@@ -23,7 +24,9 @@ from ryzen_compile.backends.onnxruntime.rules import RULES
 from ryzen_compile.backends.onnxruntime.session import SessionOptions
 from ryzen_compile.edit import Edit
 from ryzen_compile.errors import UnsupportedError, UsageError
+from ryzen_compile.program import Program
 from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.spec import ModelSpec
 
 RTOL, ATOL = 1e-5, 2e-6  # float32, two implementations of the same sums
 
@@ -278,6 +281,43 @@ def test_cache_heads_are_padded_where_the_operator_needs_it(attentions, heads):
     assert widths == [slot.value_dim for slot in engine.slots]
 
 
+class Chains(nn.Module):
+    """What torch.onnx makes long: splits, views over dynamic sizes, and a bias before a residual norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(24, 8)), nn.Parameter(torch.randn(24))
+        self.o, self.c, self.g = (
+            nn.Parameter(torch.randn(8, 8)),
+            nn.Parameter(torch.randn(8)),
+            nn.Parameter(torch.randn(8)),
+        )
+
+    def forward(self, x):
+        q, k, v = functional.linear(x, self.w, self.b).split((8, 8, 8), dim=-1)
+        q = ops.rms_norm(q.view(x.shape[0], x.shape[1], 2, 4), self.g[:4], 1e-6, False).view(*x.shape[:2], -1)
+        k, _ = k.split(5, dim=-1)
+        y = functional.linear(q + v, self.o, self.c)
+        y, total = ops.add_layer_norm(y, x, self.g, None, 1e-5)
+        z, again = ops.add_rms_norm(functional.linear(y, self.o, self.c), total, self.g, 1e-5, False)
+        return z, again, k
+
+
+def test_chains_of_shapes_and_splits_are_shortened(tmp_path):
+    module, x = Chains(), torch.randn(2, 3, 8)
+    batch, tokens = Dim("batch"), Dim("tokens")
+    exported = torch.export.export(module, (x,), dynamic_shapes=({0: batch, 1: tokens},), strict=False)
+    table = torch.export.default_decompositions()
+    table.pop(torch.ops.aten.linear.default)
+    program = Program(exported.run_decompositions(table), ModelSpec(0, 0, 0, 0, 0, 0, 0, False, 0, "toy"))
+    linear, norm = ["MatMul", "Add", "Split", "Split", "Reshape"], "SimplifiedLayerNormalization"
+    found = [node.op_type for node in lower(program).graph]
+    rest = ["Reshape", "Add", "MatMul", "SkipLayerNormalization", "MatMul", "SkipSimplifiedLayerNormalization"]
+    assert sorted(found) == sorted([*linear, norm, *rest])
+    inputs = {"x": torch.randn(4, 5, 8)}
+    check_each(program, module, inputs, tmp_path, atol=1e-5)
+
+
 class Untranslatable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -299,7 +339,7 @@ def test_an_operator_without_translation_is_named(plain_program, capfd):
 def test_edited_programs_lower_too(decoder, capfd):
     edit = Edit(decoder, "test")
     before = edit.graph.output_node()
-    extra = edit.add_input("past_key_values_9_key", edit.fake_input(lambda: torch.ones(3)))
+    extra = edit.add_input("past_key_values_9_key", edit.fake_empty((3,), torch.float32))
     edit.set_output(0, edit.call(torch.ops.aten.mul.Tensor, before.args[0][0], 2.0, before=before))
     model = lower(edit.finish())
     assert model.graph.inputs[-1].name == "past_key_values.9.key"

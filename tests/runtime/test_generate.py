@@ -15,8 +15,8 @@ from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from ryzen_compile.errors import MemoryLimitError, NumericalError, PromptError
-from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.arguments import ACCEPTED, config_values
+from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.generate import GenerationStats, generate
 from tests.runtime.torch_engine import (
     BOS,

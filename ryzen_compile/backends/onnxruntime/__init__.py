@@ -19,6 +19,7 @@ REQUIRED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 SUPPORTED = frozenset(
     f"ryzen::{name}"
     for name in (
+        "activation",
         "add_layer_norm",
         "add_rms_norm",
         "attention",

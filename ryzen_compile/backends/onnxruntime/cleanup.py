@@ -29,15 +29,89 @@ def share_initializers(graph: ir.Graph) -> None:
 
 
 def simplify(model: ir.Model) -> None:
-    """Constants become initializers, equal nodes one node, idle and unread nodes none."""
+    """Constants become initializers, equal nodes one node; idle and unread nodes and computed sizes go."""
+    lift = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+    lift(model)
+    split_sequences(model.graph)
+    fix_reshapes(model.graph)
     for change in (
         common.RemoveUnusedNodesPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(size_limit=64),
+        lift,
+        common.DeduplicateInitializersPass(size_limit=8),
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),
     ):
         change(model)
+    absorb_bias(model.graph)
+
+
+def split_sequences(graph: ir.Graph) -> None:
+    """torch.onnx turns ``aten.split`` into a sequence and picks from it; with fixed picks that is one Split."""
+    for node in list(graph):
+        if node.op_type != "SplitToSequence" or node.inputs[1] is None or node.inputs[1].const_value is None:
+            continue
+        picks = {
+            user: None if user.inputs[1] is None else user.inputs[1].const_value for user, _ in node.outputs[0].uses()
+        }
+        sizes = node.inputs[1].const_value.numpy().reshape(-1).tolist()
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        whole = node.inputs[0].shape[axis] if node.inputs[0] is not None and node.inputs[0].shape is not None else None
+        if len(sizes) == 1 and isinstance(whole, int):  # one number is the size of each part
+            sizes = [min(sizes[0], whole - start) for start in range(0, whole, sizes[0])]
+        if sum(sizes) != whole or any(u.op_type != "SequenceAt" or index is None for u, index in picks.items()):
+            continue
+        lengths = ir.node("Constant", [], attributes={"value": ir.tensor(sizes, dtype=ir.DataType.INT64)})
+        split = ir.node("Split", [node.inputs[0], lengths.outputs[0]], {"axis": axis}, num_outputs=len(sizes))
+        lengths.meta["node"] = split.meta["node"] = node.meta.get("node")
+        graph.insert_before(node, [lengths, split])
+        for user, index in picks.items():
+            if index is None:  # excluded above; said for the type checker
+                continue
+            old, new = user.outputs[0], split.outputs[int(index.numpy())]
+            if new.shape is None:
+                new.name, new.type, new.shape, old.name = old.name, old.type, old.shape, None
+            convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+            graph.remove(user, safe=True)
+        graph.remove(node, safe=True)
+
+
+def fix_reshapes(graph: ir.Graph) -> None:
+    """A Reshape whose sizes are computed gets constants where shapes allow: 0 keeps a dimension, one may be -1."""
+    for node in list(graph):
+        if node.op_type != "Reshape" or node.inputs[1] is None or node.inputs[1].const_value is not None:
+            continue
+        before, after = (None if v is None else v.shape for v in (node.inputs[0], node.outputs[0]))
+        if before is None or after is None:
+            continue
+        sizes = [
+            d if isinstance(d, int) else 0 if i < len(before) and before[i] == d else -1 for i, d in enumerate(after)
+        ]
+        if sizes.count(-1) > 1:
+            continue
+        # A new node: torch's carries an attribute that makes 0 mean empty.
+        constant = ir.node("Constant", [], attributes={"value": ir.tensor(sizes, dtype=ir.DataType.INT64)})
+        reshape = ir.node("Reshape", [node.inputs[0], constant.outputs[0]])
+        constant.meta["node"] = reshape.meta["node"] = node.meta.get("node")
+        convenience.replace_nodes_and_values(graph, node, [node], [constant, reshape], node.outputs, reshape.outputs)
+
+
+def absorb_bias(graph: ir.Graph) -> None:
+    """A linear layer's bias, added just before a residual norm, becomes that norm's own bias."""
+    slots = {"SkipSimplifiedLayerNormalization": 3, "SkipLayerNormalization": 4}
+    for node in list(graph):
+        slot = slots.get(node.op_type)
+        added = node.inputs[0].producer() if slot is not None and node.inputs[0] is not None else None
+        if slot is None or added is None or added.op_type != "Add" or len(added.outputs[0].uses()) != 1:
+            continue
+        x, bias = added.inputs
+        if x is None or bias is None or not bias.is_initializer() or bias.shape is None or len(bias.shape) != 1:
+            continue
+        inputs = [*node.inputs, *[None] * (slot - len(node.inputs)), bias]
+        inputs[0] = x
+        twin = ir.node(node.op_type, inputs, node.attributes, domain=node.domain, num_outputs=len(node.outputs))
+        twin.meta["node"] = node.meta.get("node")
+        convenience.replace_nodes_and_values(graph, node, [node], [twin], node.outputs, twin.outputs)
+        graph.remove(added, safe=True)
 
 
 def keep_one_table(graph: ir.Graph) -> None:
@@ -72,6 +146,8 @@ def finish(model: ir.Model) -> None:
     for node in graph:
         origin = node.meta.get("node")
         path = module_path(origin) if origin is not None else ""
+        if path.startswith("_empty_nn_module_stack"):  # torch.export's word for a node of no module
+            path = ""
         stem = f"{path}/{node.op_type}" if path else node.op_type
         name, serial = stem, 0
         while name in taken:
@@ -86,6 +162,8 @@ def finish(model: ir.Model) -> None:
         reader, index = next(iter(value.uses()))
         if isinstance(value.const_value, ir.LazyTensor):
             value.name = f"{reader.name}/input_{index}"  # folding invented it; its reader says what it is
+        elif value.name is not None:
+            value.name = value.name.removeprefix("model_to_capture.")  # capture's wrapper
     common.ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "ryzen_compile", None
     graph.name = "decoder"

@@ -225,7 +225,7 @@ def _split(arrays: Arrays, attributes: Attributes, index: int) -> Array:
     return result
 
 
-def _elementwise(function: Callable[..., Array]) -> Callable[[Arrays, Attributes, int], Array]:
+def _elementwise(function: Callable[..., Any]) -> Callable[[Arrays, Attributes, int], Array]:
     return lambda arrays, _, __: function(*arrays)
 
 
@@ -244,7 +244,8 @@ SHAPES: dict[str, Callable[[Operands, Attributes, int], Shape]] = {
     "Unsqueeze": _unsqueeze_shape,
 }
 EVALUATE: dict[str, Callable[[Arrays, Attributes, int], Any]] = {
-    **{name: _elementwise(function) for name, function in (*UNARY.items(), *BINARY.items())},
+    **{name: _elementwise(function) for name, function in UNARY.items()},
+    **{name: _elementwise(function) for name, function in BINARY.items()},
     "Cast": lambda a, _, __: a[0],
     "Concat": lambda a, attributes, _: np.concatenate(a, axis=attributes["axis"]),
     "Expand": lambda a, _, __: a[0] * np.ones([int(i) for i in a[1]], a[0].dtype),

@@ -57,11 +57,16 @@ def linear_act(e: Emitter, x: ir.Value, weight: ir.Value, bias: ir.Value | None,
     return (activation(e, _matmul(e, x, weight), act, bias),)
 
 
+def activate(e: Emitter, x: ir.Value, *, act: str) -> Values:
+    return (activation(e, x, act),)
+
+
 def gated_linear(e: Emitter, x: ir.Value, weight: ir.Value, *, act: str) -> Values:
     return e.call("GatedAct", (act,), gated_act(act), (_matmul(e, x, weight),))
 
 
 RULES: dict[str, Callable[..., Values]] = {
+    "activation": activate,
     "add_layer_norm": add_layer_norm,
     "add_rms_norm": add_rms_norm,
     "attention": attention,
