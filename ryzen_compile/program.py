@@ -147,5 +147,6 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
-    return path.removeprefix("L['self'].").removeprefix("model_to_capture.").removeprefix("model_to_capture")
+    path = list(stack.values())[-1][0].removeprefix("L['self'].")
+    path = path.removeprefix("model_to_capture").removeprefix(".")
+    return "" if path.startswith("_empty_nn_module_stack") else path

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from ryzen_compile import ops
 from ryzen_compile.backends.base import Capability
 from ryzen_compile.errors import UsageError
+from ryzen_compile.interpret import interpret
 from ryzen_compile.program import Program
 from ryzen_compile.runtime.cache import KVCache
 
@@ -46,9 +47,7 @@ class EagerEngine:
         self.all_logits = program.outputs[0].meta["val"].shape[1] != 1
         self._program = program
         self._constants = fold_constants(program)
-        self._inputs = [node.name for node in program.inputs]
 
-    @torch.no_grad()
     def step(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
         """See ``Engine.step``; the array returned is freshly allocated."""
         new = tokens.shape[1]
@@ -62,7 +61,8 @@ class EagerEngine:
         for index, (key, value) in enumerate(zip(cache.keys, cache.values, strict=True)):
             feeds[f"past_key_values_{index}_key"] = torch.from_numpy(key)
             feeds[f"past_key_values_{index}_value"] = torch.from_numpy(value)
-        logits, *present = _interpret(self._program, self._constants, [feeds[name] for name in self._inputs])
+        given = self._constants | {node: feeds[node.name] for node in self._program.inputs}
+        logits, *present = interpret(self._program, given, self._program.outputs)
         for index in range(len(self.slots)):
             np.copyto(cache.keys[index], present[2 * index].numpy())
             np.copyto(cache.values[index], present[2 * index + 1].numpy())
@@ -72,40 +72,26 @@ class EagerEngine:
         self._constants = {}
 
 
-@torch.no_grad()
 def run_full(program: Program, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """The logits of a Program without a cache: ``input_ids`` and ``position_ids`` (B, T) int64 -> (B, T or 1, V)."""
     if program.slots:
         raise UsageError("the Program has a key/value cache", hint="compile it and call step")
     feeds = {"input_ids": input_ids, "position_ids": position_ids}
-    logits: Tensor = _interpret(program, dict(program.weights), [feeds[node.name] for node in program.inputs])[0]
+    logits: Tensor = interpret(program, {node: feeds[node.name] for node in program.inputs}, [program.outputs[0]])[0]
     return logits
 
 
-@torch.no_grad()
-def fold_constants(program: Program) -> dict[str, Any]:
-    """Node name -> value, for all weights in use and for every expression over weights alone that the rest reads.
+def fold_constants(program: Program) -> dict[fx.Node, Any]:
+    """The values of all weights that the rest of the graph reads, and of every expression over weights alone.
 
-    Interior nodes of such expressions map to None: they are done and need no value. A weight that only expressions
-    read is dropped.
+    A weight that only such expressions read is left out: its merged copy is what stays in memory.
     """
-    constant: dict[fx.Node, Any] = {}
     weights = program.weights
+    constant = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in weights]
+    known = set(constant)
     for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in weights:
-            constant[node] = weights[node.name]
-        elif node.op == "call_function" and all(source in constant for source in node.all_input_nodes):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: constant[n])
-            constant[node] = node.target(*args, **kwargs)
-            for source in node.all_input_nodes:
-                if all(user in constant for user in source.users):
-                    constant[source] = None
-    return {node.name: value for node, value in constant.items()}
-
-
-def _interpret(program: Program, constants: dict[str, Any], arguments: list[Tensor]) -> tuple[Any, ...]:
-    """Runs the graph; values are freed after their last reader."""
-    known: dict[fx.Node, Any] = {n: constants[n.name] for n in program.graph.nodes if n.name in constants}
-    interpreter = fx.Interpreter(program.exported.graph_module, graph=program.graph)
-    result: tuple[Any, ...] = interpreter.run(*arguments, initial_env=known, enable_io_processing=False)
-    return result
+        if node.op == "call_function" and node.all_input_nodes and known.issuperset(node.all_input_nodes):
+            constant.append(node)
+            known.add(node)
+    read = [node for node in constant if not known.issuperset(node.users)]
+    return dict(zip(read, interpret(program, {}, read), strict=True))

@@ -104,7 +104,10 @@ def absorb_bias(graph: ir.Graph) -> None:
         if slot is None or added is None or added.op_type != "Add" or len(added.outputs[0].uses()) != 1:
             continue
         x, bias = added.inputs
-        if x is None or bias is None or not bias.is_initializer() or bias.shape is None or len(bias.shape) != 1:
+        scale = node.inputs[2]
+        if x is None or bias is None or scale is None or not bias.is_initializer() or bias.shape != scale.shape:
+            continue
+        if added.outputs[0].is_graph_output() or len(node.inputs) > slot:
             continue
         inputs = [*node.inputs, *[None] * (slot - len(node.inputs)), bias]
         inputs[0] = x
@@ -156,7 +159,7 @@ def finish(model: ir.Model) -> None:
         taken.add(name)
         node.name = name
         for output in node.outputs:
-            if len(node.outputs) > 1 and not output.uses() and not output.is_graph_output():
+            if node.domain == CONTRIB and not output.uses() and not output.is_graph_output():
                 output.name = ""  # left out: the runtime need not compute it
     for value in list(graph.initializers.values()):
         reader, index = next(iter(value.uses()))
