@@ -155,7 +155,7 @@ def rewrite(
     """Captures ``model`` and runs the passes for ``backend``; the Program is not compiled yet."""
     from ryzen_compile.capture import capture
     from ryzen_compile.pipeline import default_passes, run_passes
-    from ryzen_compile.validate.parity import ParityGate
+    from ryzen_compile.validate.parity import ParityGate, check_capture
 
     target = get_backend(backend)
     able = target.probe()
@@ -168,6 +168,7 @@ def rewrite(
     gate = None
     if verify:
         _say(progress, "reference")
+        check_capture(model, program)
         gate = ParityGate(program)
     chosen = default_passes(recipe) if passes is None else tuple(passes)
     program, report = run_passes(
@@ -237,8 +238,10 @@ def _companions(source: Source) -> Companions:
 
 
 def _config_dict(model: nn.Module) -> dict[str, Any]:
+    """The configuration, without the place on this machine that the model was read from."""
     config: Any = getattr(model, "config", None)
-    return config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    return {name: value for name, value in settings.items() if name != "_name_or_path"}
 
 
 def _copy_artifact(found: Artifact, out: Path, force: bool) -> None:
@@ -262,6 +265,8 @@ def _tokenizer_of(directory: Path) -> Any:
 
 def _refuse_target(out: Path, model: object, force: bool) -> None:
     """Before a minute of work: an output that would be refused, or would overwrite the model it is made from."""
+    from ryzen_compile.publish import require_free
+
     if isinstance(model, (str, os.PathLike)) and Path(model).is_dir():
         source, target = Path(model).resolve(), out.resolve()
         if target == source or source in target.parents:
@@ -274,6 +279,7 @@ def _refuse_target(out: Path, model: object, force: bool) -> None:
         raise ArtifactError(
             f"output directory {out} is not empty", hint="--force replaces it if it holds an artifact of ours"
         )
+    require_free(out)
 
 
 def _say(progress: Progress | None, step: str) -> None:

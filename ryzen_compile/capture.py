@@ -53,10 +53,11 @@ def capture(model: nn.Module, *, context: int | None = None) -> Program:
 
     ``context`` is the largest number of positions; by default it is read from the model's config
     (``max_position_embeddings``, ``n_positions``, ``block_size`` or ``context_length``). Raises ``CaptureError`` when
-    ``torch.export`` cannot trace the model, ``ConfigError`` when the context is unknown, ``UnsupportedError`` for a
-    mask that is neither causal, windowed nor full.
+    ``torch.export`` cannot trace the model, ``ConfigError`` when the context is unknown or longer than the model's,
+    ``UnsupportedError`` for weights that are not float32 and for a mask that is neither causal, windowed nor full.
     """
-    limit = context or _configured_context(model)
+    limit = _context(model, context)
+    _refuse_half(model)
     training = model.training
     model.eval()
     try:
@@ -216,17 +217,34 @@ def _attention_function(
     return out, None
 
 
-def _configured_context(model: nn.Module) -> int:
+def _context(model: nn.Module, wanted: int | None) -> int:
+    """What the model says, or ``wanted`` if that is shorter: a position beyond the model's tables has no meaning."""
     config: Any = getattr(model, "config", model)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "n_positions", "block_size", "context_length", "max_seq_len"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            if wanted is not None and wanted > value:
+                raise ConfigError(
+                    f"context {wanted} exceeds the {value} positions of {type(model).__name__} ({name})",
+                    hint="a context can only shorten the model's own",
+                )
+            return wanted or value
+    if wanted is not None:
+        return wanted
     raise ConfigError(
         f"{type(model).__name__} does not say how many positions it has",
         hint="pass context=N, the longest sequence (prompt plus new tokens) it may see",
     )
+
+
+def _refuse_half(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype is not torch.float32:
+            raise UnsupportedError(
+                f"parameter {name} is {parameter.dtype}, expected torch.float32",
+                hint="pass the model's path, which is loaded as float32, or call .float() on it",
+            )
 
 
 def _read_spec(model: nn.Module, exported: ExportedProgram, context: int) -> ModelSpec:

@@ -183,6 +183,17 @@ class Staging:
             self._lock = None
 
 
+def require_free(out: str | Path) -> None:
+    """Raises BusyError when another process is writing ``out``: asked before minutes of work, and holds nothing."""
+    target = Path(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100 - as in Staging
+    lock = target.parent / f".{target.name}.lock"
+    if lock.exists():
+        with _machine_errors(f"prepare {shown_path(target)}"):
+            descriptor = _take_lock(lock, target)
+            lock.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
 def require_space(path: str | Path, bytes_needed: int) -> None:
     """Raises ResourceError when the file system that holds (or will hold) ``path`` has fewer free bytes."""
     place = Path(path).expanduser().resolve()

@@ -9,11 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from ryzen_compile.api import export
 from tests.zoo import CASES, Case, build
 
 TOKENS = 290
@@ -24,6 +26,8 @@ SOURCE = (
     "class Point:\n    def __init__(self, x, y):\n        self.x, self.y = x, y\n",
     "with open(path) as stream:\n    return [line.strip() for line in stream]\n",
 )
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_SHARED: dict[str, Path] = {}
 
 
 def case_named(name: str, **settings: Any) -> Case:
@@ -45,21 +49,36 @@ def tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(SOURCE, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, **SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=TEMPLATE, **SPECIAL)
 
 
-def write_model(directory: Path, model: nn.Module, *, with_tokenizer: bool = True) -> Path:
+def write_model(directory: Path, model: nn.Module) -> Path:
     """Saves ``model`` as safetensors with its configurations, and the tokenizer beside them; returns ``directory``."""
     model.save_pretrained(directory)
-    if with_tokenizer:
-        tokenizer().save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
     return directory
 
 
 def model_directory(directory: Path, name: str = "llama", **settings: Any) -> Path:
     """The zoo's model ``name`` with a vocabulary for the tokenizer, in ``directory``; it never stops by itself."""
-    model = build(case_named(name, vocab_size=TOKENS, **settings))
-    return write_model(directory, model)
+    return write_model(directory, build(case_named(name, vocab_size=TOKENS, **settings)))
+
+
+def shared_model(factory: pytest.TempPathFactory, name: str = "llama", **settings: Any) -> Path:
+    """The same, made once in a run of the tests; not to be changed."""
+    if name not in _SHARED:
+        _SHARED[name] = model_directory(factory.mktemp("models") / name, name, **settings)
+    return _SHARED[name]
+
+
+def shared_artifact(factory: pytest.TempPathFactory, name: str = "llama", **settings: Any) -> Path:
+    """Its artifact, exported from the directory once in a run of the tests; not to be changed."""
+    key = f"{name} artifact"
+    if key not in _SHARED:
+        out = factory.mktemp("artifacts") / name
+        export(shared_model(factory, name, **settings), out)
+        _SHARED[key] = out
+    return _SHARED[key]
 
 
 def listing(directory: Path) -> dict[str, int]:

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -19,7 +20,7 @@ from typing import Annotated
 import typer
 
 from ryzen_compile.cli import bench, doctor, env, explain, export, generate, passes, recipes
-from ryzen_compile.cli.failure import INTERRUPTED, PIPE_CLOSED, TERMINATED, Failure, describe
+from ryzen_compile.cli.failure import INTERRUPTED, PIPE_CLOSED, TERMINATED, Failure, describe, show_warning
 
 PROGRAM = "ryzen-compile"
 
@@ -63,8 +64,11 @@ def _root(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's) and return its exit status; never raises."""
     arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about calls that the user did not make
     try:
-        with _sigterm_raises():
+        with _sigterm_raises(), warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = show_warning  # type: ignore[assignment]
             status = app(arguments, prog_name=PROGRAM, standalone_mode=False)
             # Here, where a closed pipe can still be reported; at interpreter exit it would only be printed.
             sys.stdout.flush()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 import typer
 
 from ryzen_compile.errors import RyzenCompileError
 
+_PACKAGE = Path(__file__).resolve().parent.parent
 # Control characters could rewrite the terminal's line or forge a second one; the Unicode ones reorder or break lines.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 # Allocators that report through RuntimeError: torch on the CPU and on CUDA, ONNX Runtime's arena.
@@ -61,6 +64,12 @@ def describe(error: BaseException) -> Failure:
 def printable(text: str) -> str:
     """``text`` with control and direction-changing characters as escapes, on one line."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def show_warning(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
+    """In place of ``warnings.showwarning``: ours as one line; those of other libraries concern their developers."""
+    if Path(filename).is_relative_to(_PACKAGE):
+        sys.stderr.write(f"ryzen-compile: warning: {printable(str(message))}\n")
 
 
 def _usage(error: typer.TyperException) -> Failure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ STEPS = {
 def narrated(total: int, *, quiet: bool = False) -> Iterator[Callable[[str | PassRecord], None] | None]:
     """A callback for ``progress=``; ``total`` is the number of passes. Nothing is drawn when stderr is no terminal."""
     if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars follow it
         yield None
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

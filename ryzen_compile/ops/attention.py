@@ -98,7 +98,7 @@ def cached_attention(
         turn_cos, turn_sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
         queries, keys = (rotate(x, turn_cos, turn_sin, interleaved) for x in (queries, keys))
     rows = torch.arange(b, device=q.device)[:, None]
-    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    k_cache, v_cache = (c.clone(memory_format=torch.contiguous_format) for c in (k_cache, v_cache))
     k_cache[rows, :, positions] = keys.transpose(1, 2)
     v_cache[rows, :, positions] = values.transpose(1, 2)
     at = torch.arange(capacity, device=q.device)

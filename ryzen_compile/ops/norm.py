@@ -37,7 +37,7 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, unit_offset: bool
 ) -> tuple[Tensor, Tensor]:
     """``x`` and ``residual`` (..., C) of one shape; returns ``(rms_norm(x + residual), x + residual)``."""
-    total = x + residual
+    total = (x + residual).contiguous()
     return _rms(total, weight, eps, unit_offset), total
 
 
@@ -62,7 +62,7 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """``x`` and ``residual`` (..., C) of one shape; returns ``(layer_norm(x + residual), x + residual)``."""
-    total = x + residual
+    total = (x + residual).contiguous()
     return functional.layer_norm(total, total.shape[-1:], weight, bias, eps), total
 
 

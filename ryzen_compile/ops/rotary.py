@@ -27,7 +27,7 @@ def rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: 
     below ``N``; returns (B, H, T, D). Half-split pairs channel ``i`` with ``i + R``, interleaved ``2 i`` with
     ``2 i + 1``.
     """
-    return rotate(x, cos[positions].unsqueeze(1), sin[positions].unsqueeze(1), interleaved)
+    return rotate(x, cos[positions].unsqueeze(1), sin[positions].unsqueeze(1), interleaved).contiguous()
 
 
 @rotary.register_fake

@@ -38,7 +38,12 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         config = directory / "tokenizer_config.json"
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        try:
+            settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        except ValueError as error:
+            raise ArtifactError(f"{config.name} is not JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise ArtifactError(f"{config.name} holds a {type(settings).__name__}, expected an object")
         return cls(backend, settings)
 
     def __call__(self, text: str) -> dict[str, np.ndarray]:

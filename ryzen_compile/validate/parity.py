@@ -12,15 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from ryzen_compile.errors import CaptureError
 from ryzen_compile.interpret import interpret
 from ryzen_compile.program import Program, is_call, module_path
 
 ALLOWANCE = 2.0  # times the captured graph's own float32 error
 FLOOR = 1e-5  # of the logits' scale: errors below it say nothing
 TOKENS = 17
-CHUNKS = (5, 9, 1, 1, 1)  # how a cached Program is fed the same tokens
+LONGEST_WINDOW = 64  # up to which the probe sequence is made long enough to leave it
+CHUNKS = (5, 9, 1, 1)  # how a cached Program is fed the same tokens; the rest comes at once
 
 
 class ParityGate:
@@ -30,9 +32,7 @@ class ParityGate:
     """
 
     def __init__(self, captured: Program, *, seed: int = 0) -> None:
-        tokens = min(TOKENS, captured.spec.context)
-        generator = torch.Generator().manual_seed(seed)
-        self._ids = torch.randint(captured.spec.vocab, (2, tokens), generator=generator)
+        self._ids = _probe_ids(captured, seed)
         self._single = full_logits(captured, self._ids)
         self._double = full_logits(captured, self._ids, double=True)
         self._scale = max(1.0, float(self._double.square().mean().sqrt()))
@@ -65,6 +65,41 @@ class ParityGate:
         return first[0] if first else "the output"
 
 
+def check_capture(model: nn.Module, program: Program) -> None:
+    """Holds the captured graph to the model itself, run as its user runs it; raises ``CaptureError`` when they differ.
+
+    Every pass is measured against the captured graph, so what capture itself got wrong would pass unseen: an attention
+    option that it does not know of, say. Both run in float32; the budget is the gate's floor a hundred times over.
+    """
+    ids = _probe_ids(program, seed=1)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            result = model(ids)
+    finally:
+        model.train(training)
+    logits = getattr(result, "logits", result)
+    expected = logits[0] if isinstance(logits, tuple) else logits
+    allowed = 100 * FLOOR * max(1.0, float(expected.square().mean().sqrt()))
+    apart = _rmse(full_logits(program, ids), expected)
+    if apart > allowed:
+        raise CaptureError(
+            f"the captured graph is not the model {type(model).__name__}: their logits are {apart:.2e} apart "
+            f"(root mean square), {allowed:.0e} is allowed",
+            hint="the model passes something to its attention that capture does not know; please report it",
+        )
+
+
+def _probe_ids(program: Program, seed: int) -> Tensor:
+    """(2, T) random ids; T reaches past twice every window, so that a window that is off by one shows."""
+    windows = [n.args[5] for n in program.graph.nodes if is_call(n, torch.ops.ryzen.attention)]
+    near = [2 * w + 1 for w in windows if 0 < w <= LONGEST_WINDOW]
+    tokens = min(max([TOKENS, *near]), program.spec.context)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(program.spec.vocab, (2, tokens), generator=generator)
+
+
 def full_logits(program: Program, ids: Tensor, *, double: bool = False) -> Tensor:
     """(B, T, V) logits of an uncached Program on ``ids`` (B, T), positions from zero."""
     logits: Tensor = interpret(program, _feeds(program, ids), [program.outputs[0]], double=double)[0]
@@ -88,8 +123,8 @@ def _cached_logits(program: Program, ids: Tensor) -> tuple[Tensor, list[int]]:
     collected: list[Tensor] = []
     rows: list[int] = []
     done = 0
-    for size in CHUNKS:
-        size = min(size, tokens - done)
+    for chunk in (*CHUNKS, tokens):
+        size = min(chunk, tokens - done)
         if size <= 0:
             break
         feeds = _feeds(program, ids[:, done : done + size], start=done, caches=caches)

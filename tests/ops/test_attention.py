@@ -16,6 +16,11 @@ from ryzen_compile import ops
 TOKENS, CAPACITY, GARBAGE = 9, 13, 1e4
 
 
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.manual_seed(0)
+
+
 @dataclass(frozen=True)
 class Options:
     scale: float = 0.37

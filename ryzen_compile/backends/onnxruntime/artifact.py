@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onnx import GraphProto
+
 from ryzen_compile.backends.onnxruntime.artifact_check import check_model
-from ryzen_compile.backends.onnxruntime.genai import GENAI_CONFIG_NAME, genai_config
+from ryzen_compile.backends.onnxruntime.genai import GENAI_CONFIG_NAME, genai_config, known_tokenizer_class
 from ryzen_compile.errors import ArtifactError
 from ryzen_compile.manifest import listed_files, read_manifest, verify_files, write_manifest
 from ryzen_compile.publish import Staging
@@ -82,6 +84,7 @@ def write(
             _dump(stage.path / GENERATION_CONFIG_NAME, companions.generation_config)
         if companions.save_tokenizer is not None:
             companions.save_tokenizer(stage.path)
+            _generalize_tokenizer(stage.path)
         if report is not None:
             _dump(stage.path / REPORT_NAME, report.to_json())
             (stage.path / "report.md").write_text(report.to_markdown(), encoding="utf-8")
@@ -102,12 +105,13 @@ def read(directory: Path, *, digests: bool = True) -> Artifact:
     """
     manifest = read_manifest(directory)
     verify_files(directory, manifest, digests=digests)
-    check_model(directory, MODEL_NAME, listed=listed_files(manifest))
+    model = check_model(directory, MODEL_NAME, listed=listed_files(manifest))
     try:
         spec = ModelSpec(**manifest["spec"])
         slots = tuple(CacheSlot(**slot) for slot in manifest["slots"])
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{directory.name}: the manifest does not describe the model: {error}") from error
+    _check_described(model.graph, spec, slots)
     return Artifact(
         directory,
         spec,
@@ -117,6 +121,39 @@ def read(directory: Path, *, digests: bool = True) -> Artifact:
         _load(directory / GENERATION_CONFIG_NAME),
         _load(directory / REPORT_NAME),
     )
+
+
+def _check_described(graph: GraphProto, spec: ModelSpec, slots: tuple[CacheSlot, ...]) -> None:
+    """Buffers are made from the manifest and bound to the graph by address, so the two have to agree."""
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+        if value.name == "logits" or value.name.startswith("past_key_values.")
+    }
+    wanted: dict[str, dict[int, object]] = {"logits": {2: spec.vocab}}
+    for index, slot in enumerate(slots):
+        wanted[f"past_key_values.{index}.key"] = {1: slot.kv_heads, 3: slot.head_dim}
+        wanted[f"past_key_values.{index}.value"] = {1: slot.kv_heads, 3: slot.value_dim}
+    for name in sorted({*shapes, *wanted}):
+        found, sizes = shapes.get(name), wanted.get(name)
+        if found is None or sizes is None or any(i >= len(found) or found[i] != size for i, size in sizes.items()):
+            described = (
+                "is not in the manifest" if sizes is None else f"should have {list(sizes.values())} by the manifest"
+            )
+            raise ArtifactError(
+                f"{name} {described}, the graph has {'none' if found is None else found}", hint="export it again"
+            )
+
+
+def _generalize_tokenizer(directory: Path) -> None:
+    """Names a class that genai knows in ``tokenizer_config.json``, where ``tokenizer.json`` holds the tokenizer."""
+    path = directory / "tokenizer_config.json"
+    settings = _load(path)
+    if settings is None or not (directory / "tokenizer.json").exists():
+        return
+    name = known_tokenizer_class(settings.get("tokenizer_class"))
+    if settings.get("tokenizer_class") != name:
+        _dump(path, {**settings, "tokenizer_class": name})
 
 
 def _first_known(name: str, *sources: Mapping[str, Any] | None) -> Any:

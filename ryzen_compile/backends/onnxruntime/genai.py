@@ -33,6 +33,16 @@ _SEARCH_DEFAULTS: dict[str, Any] = {
     "no_repeat_ngram_size": 0,
     "early_stopping": True,
 }
+# The decoders' tokenizers that genai 0.18 takes, less "Fast" at the end; any other stops it from opening the directory.
+_TOKENIZERS = frozenset(
+    f"{name}Tokenizer"
+    for name in (
+        *("Baichuan", "ChatGLM", "CodeGen", "CodeLlama", "Gemma", "GPT2", "GPTNeoX", "InternLM2", "Llama", "Phi3"),
+        *("PreTrained", "Qwen2"),
+    )
+)
+_TOKENIZER_BACKENDS = frozenset(("MistralCommonBackend", "PythonBackend", "SentencePieceBackend", "TokenizersBackend"))
+_ANY_TOKENIZER = "PreTrainedTokenizerFast"
 _FROM_GENERATION = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size")
 
 
@@ -84,6 +94,16 @@ def genai_config(
         },
     }
     return {"model": model, "search": _search(spec, generation or {})}
+
+
+def known_tokenizer_class(name: object) -> str:
+    """``name`` if genai opens such a tokenizer, else the class that stands for whatever ``tokenizer.json`` says.
+
+    transformers reads the same tokenizer from either.
+    """
+    if not isinstance(name, str):
+        return _ANY_TOKENIZER
+    return name if name.removesuffix("Fast") in _TOKENIZERS or name in _TOKENIZER_BACKENDS else _ANY_TOKENIZER
 
 
 def _search(spec: ModelSpec, generation: Mapping[str, Any]) -> dict[str, Any]:
