@@ -126,8 +126,11 @@ class Edit:
             self._constants.pop(spec.target, None)
         self.graph.erase_node(node)
 
-    def set_slots(self, slots: tuple[CacheSlot, ...]) -> None:
+    def set_cache(self, slots: tuple[CacheSlot, ...], heads: int) -> None:
+        """Records the cache's slots, and in the spec the layers and the first layer's heads, now that all are known."""
+        first = slots[0]
         self._slots = slots
+        self.spec = replace(self.spec, layers=len(slots), heads=heads, kv_heads=first.kv_heads, head_dim=first.head_dim)
 
     def fake_empty(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of size (symbols allowed) and type only, for ``add_input``."""
@@ -152,12 +155,13 @@ class Edit:
 
     def finish(self) -> Program:
         self.erase_dead()
-        for spec, node in zip(self._signature.output_specs, self.graph.output_node().args[0], strict=True):
+        specs = self._signature.output_specs
+        for i, (spec, node) in enumerate(zip(specs, self.graph.output_node().args[0], strict=True)):
             if spec.arg.name != node.name:
-                spec.arg.name = node.name
+                specs[i] = replace(spec, arg=TensorArgument(node.name))  # the old one is the source Program's too
         self.graph.lint()
         done = self._program.with_graph(self.graph, self._state, self._constants, self._signature)
-        return replace(done, slots=self._slots)
+        return replace(done, slots=self._slots, spec=self.spec)
 
     def _stamp(self, node: fx.Node, like: fx.Node) -> None:
         for key in INHERITED:

@@ -121,7 +121,7 @@ def test_inputs_outputs_and_slots(edit: Edit) -> None:
     edit.add_output(edit.call(aten.neg.default, given, before=edit.graph.output_node()))
     edit.add_output(edit.call(aten.abs.default, second, before=edit.graph.output_node()))
     slots = (CacheSlot(0, 2, 16, 16),)
-    edit.set_slots(slots)
+    edit.set_cache(slots, heads=4)
     done = edit.finish()
     verify(done)
     assert done.slots == slots and captured("llama").slots == ()

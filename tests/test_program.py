@@ -45,10 +45,10 @@ def test_weights_are_the_users_own_storage(nano: tuple[nn.Module, Program]) -> N
 
 def test_a_change_of_the_model_is_seen(nano: tuple[nn.Module, Program]) -> None:
     model, program = nano
-    before = float(model.norm.bias[0])
+    before = model.norm.bias[0].item()
     with torch.no_grad():
         model.norm.bias[0] = 7.0
-    seen = [float(t[0]) for t in program.weights.values() if t.data_ptr() == model.norm.bias.data_ptr()]
+    seen = [t[0].item() for t in program.weights.values() if t.data_ptr() == model.norm.bias.data_ptr()]
     with torch.no_grad():
         model.norm.bias[0] = before
     assert seen == [7.0]
@@ -120,7 +120,7 @@ def test_operators_leave_out_shape_arithmetic(llama: Program) -> None:
     assert not any(is_operator(n) for n in sizes)
     assert len(llama.ops()) == sum(is_operator(n) for n in calls) < len(calls)
     assert llama.ops().count("ryzen.attention") == 2
-    assert set(name.split(".")[0] for name in llama.ops()) == {"aten", "ryzen"}
+    assert {name.split(".")[0] for name in llama.ops()} == {"aten", "ryzen"}
 
 
 def test_questions_about_a_node(llama: Program) -> None:

@@ -54,6 +54,12 @@ def _hits(rotary: int, norm: int, add: int, merge: int, linear: int) -> dict[str
 
 CASES = (
     Case("llama", hits=_hits(4, 5, 4, 4, 2)),
+    Case("mixtral", hits=_hits(4, 5, 4, 2, 0)),
+    Case("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW,
+                     "layer_types": MIXED}, _hits(4, 5, 4, 2, 0)),
+    Case("falcon", {"ffn_hidden_size": 96}, _hits(4, 3, 2, 0, 2) | {"fuse_attention": LAYERS}, kv_heads=1),
+    Case("gptj", {"n_embd": 64, "n_layer": LAYERS, "n_head": 4, "n_positions": CONTEXT, "rotary_dim": 8},
+         _hits(4, 3, 2, 2, 2) | {"fuse_attention": LAYERS}, kv_heads=4),
     Case("mistral", {"sliding_window": WINDOW}, _hits(4, 5, 4, 4, 2)),
     Case("qwen2", hits=_hits(4, 5, 4, 4, 2)),
     Case("qwen3", {"head_dim": 16}, _hits(4, 9, 4, 4, 2)),

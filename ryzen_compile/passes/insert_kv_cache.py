@@ -72,7 +72,7 @@ class InsertKVCache(Pass):
             slots.append(_slot(i, m))
             hits.append(Site(m.node.name, module_path(m.node)))
             _rewrite(edit, m, slots[-1], lengths, batch, capacity)
-        edit.set_slots(tuple(slots))
+        edit.set_cache(tuple(slots), int(shape(matches[0].q)[1]))
         return PassResult(edit.finish(), tuple(hits))
 
 

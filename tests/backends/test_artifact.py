@@ -53,7 +53,7 @@ def read_json(path: Path) -> Any:
 
 
 def relist(directory: Path, **changes: Any) -> None:
-    """Writes the manifest anew, as an author of a bad artifact would: digests agree, facts are changed or (None) gone."""
+    """Writes the manifest anew, as the author of a bad artifact would: digests agree, facts change or (None) go."""
     facts = {**read_json(directory / MANIFEST_NAME), **changes}
     for name in ("schema_version", "made_by", "files"):
         facts.pop(name)
@@ -257,12 +257,12 @@ def too_long_data(directory: Path) -> None:
         (
             other_vocabulary,
             ArtifactError,
-            rf"logits should have \[{TOKENS - 1}\] by the manifest, the graph has .*{TOKENS}",
+            rf"logits should have \[{TOKENS - 1}\] by .*, the graph has .*{TOKENS}",
         ),
         (
             other_heads,
             ArtifactError,
-            r"past_key_values\.0\.key should have \[3, 16\] by the manifest, .*\[0, 2, 0, 16\]",
+            r"past_key_values\.0\.key should have \[3, 16\] by .*\[0, 2, 0, 16\]",
         ),
         (one_slot_less, ArtifactError, r"past_key_values\.1\.key is not in the manifest"),
         (one_slot_more, ArtifactError, r"past_key_values\.2\.key should have .*, the graph has none"),
@@ -282,10 +282,6 @@ def test_a_copy_works_wherever_it_lies(copy: Path, original: Path, monkeypatch: 
     prompt = np.array([[5, 17, 80]])
     with ryzen_compile.load(original) as one, ryzen_compile.load("copy") as other:
         assert (one.generate(prompt, max_new_tokens=7) == other.generate(prompt, max_new_tokens=7)).all()
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-class Interrupted(Exception): ...
 
 
 def rewrite(
@@ -333,7 +329,7 @@ def rewrite(
 @pytest.mark.parametrize(
     ("error", "seen"),
     [
-        (Interrupted(), Interrupted),
+        (ZeroDivisionError(), ZeroDivisionError),
         (KeyboardInterrupt(), KeyboardInterrupt),
         (OSError(errno.ENOSPC, "No space left on device"), ResourceError),
     ],
@@ -364,6 +360,6 @@ def test_a_model_that_its_own_check_refuses_is_not_published(original: Path, tmp
         shutil.copyfile(original / "model.onnx", directory / "model.onnx")
         (directory / "model.onnx.data").write_bytes(b"short")
 
-    with pytest.raises(TamperedError, match="lie outside 'model.onnx.data' of 5 bytes"):
+    with pytest.raises(TamperedError, match=r"lie outside 'model\.onnx\.data' of 5 bytes"):
         artifacts.write(tmp_path / "out", write_half, spec=found.spec, slots=found.slots, facts={})
     assert listing(tmp_path) == {}

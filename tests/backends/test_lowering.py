@@ -350,7 +350,7 @@ def test_edited_programs_lower_too(decoder, capfd):
 
 def test_outputs_must_match_the_slots(decoder):
     broken = Edit(decoder, "test")
-    broken.set_slots(decoder.slots[:1])
+    broken.set_cache(decoder.slots[:1], heads=4)
     with pytest.raises(UsageError, match="1 cache slots and 5 outputs"):
         lower(broken.finish())
 

@@ -137,12 +137,8 @@ def _check_described(graph: GraphProto, spec: ModelSpec, slots: tuple[CacheSlot,
     for name in sorted({*shapes, *wanted}):
         found, sizes = shapes.get(name), wanted.get(name)
         if found is None or sizes is None or any(i >= len(found) or found[i] != size for i, size in sizes.items()):
-            described = (
-                "is not in the manifest" if sizes is None else f"should have {list(sizes.values())} by the manifest"
-            )
-            raise ArtifactError(
-                f"{name} {described}, the graph has {'none' if found is None else found}", hint="export it again"
-            )
+            says = "is not in the manifest" if sizes is None else f"should have {list(sizes.values())} by the manifest"
+            raise ArtifactError(f"{name} {says}, the graph has {found or 'none'}", hint="export it again")
 
 
 def _generalize_tokenizer(directory: Path) -> None:

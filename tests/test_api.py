@@ -1,0 +1,375 @@
+"""The front door: optimize, load, save_pretrained, the user's own passes, and what is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ryzen_compile
+from ryzen_compile import CompiledModel, Recipe, default_passes, errors
+from ryzen_compile.api import export
+from ryzen_compile.manifest import MANIFEST_NAME, read_manifest
+from tests.model_directory import case_named, listing, shared_artifact, shared_model
+from tests.zoo import CONTEXT, VOCAB, NanoDecoder, build, randomize
+
+PROMPT = torch.tensor([[5, 17, 80, 3, 41]])
+NEW = 17
+# Times and what is derived from them: all else is the same bytes in every export of one model.
+TIMED = {"report.json", "report.md", "report.html"}
+
+
+def small(name: str = "llama", **settings: Any) -> nn.Module:
+    """One layer: most of what is tested here does not depend on the number."""
+    return build(case_named(name, num_hidden_layers=1, **settings))
+
+
+def greedy(model: Any, new: int = NEW) -> list[list[int]]:
+    return model.generate(PROMPT, max_new_tokens=new, do_sample=False).tolist()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return build(case_named("llama"))
+
+
+@pytest.fixture(scope="module")
+def compiled(model: nn.Module) -> Iterator[CompiledModel]:
+    with ryzen_compile.optimize(model) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def saved(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("saved") / "artifact"
+    compiled.save_pretrained(out)
+    return out
+
+
+# --- optimize ---------------------------------------------------------------------------------------------------------
+def test_a_model_in_memory_gives_the_models_tokens(model: nn.Module, compiled: CompiledModel) -> None:
+    assert greedy(compiled) == greedy(model)
+    assert compiled.spec.vocab == VOCAB
+    assert compiled.config["model_type"] == "llama"
+    assert compiled.generation_config is model.generation_config
+    assert compiled.tokenizer is None
+    assert all(record.max_error is not None for record in compiled.report.records if record.status == "applied")
+
+
+def test_arrays_come_back_as_they_went_in(compiled: CompiledModel) -> None:
+    out = compiled.generate(PROMPT, max_new_tokens=3)
+    assert isinstance(out, torch.Tensor) and out.dtype == torch.int64 and out.shape == (1, 8)
+    assert isinstance(compiled(PROMPT), torch.Tensor)
+    for given in (PROMPT.numpy(), PROMPT.tolist(), PROMPT.numpy().astype(np.int32)):
+        found = compiled.generate(given, max_new_tokens=3)
+        assert isinstance(found, np.ndarray) and found.tolist() == out.tolist()
+        assert isinstance(compiled(given), np.ndarray)
+
+
+def test_logits_are_those_of_the_model(model: nn.Module, compiled: CompiledModel) -> None:
+    with torch.no_grad():
+        expected = model(PROMPT).logits[:, -1:]
+    torch.testing.assert_close(compiled(PROMPT), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_directory_brings_its_tokenizer_and_config(tmp_path_factory: pytest.TempPathFactory) -> None:
+    directory = shared_model(tmp_path_factory)
+    before = listing(directory)
+    steps: list[Any] = []
+    with ryzen_compile.optimize(directory, progress=steps.append) as found:
+        text = "def add(first"
+        ids = np.array([found.tokenizer.encode(text)])
+        with ryzen_compile.load(shared_artifact(tmp_path_factory)) as loaded:
+            assert loaded.tokenizer.encode(text) == ids[0].tolist()
+            assert (loaded.generate(ids, max_new_tokens=NEW) == found.generate(ids, max_new_tokens=NEW)).all()
+            assert loaded.report["records"][0]["name"] == found.report.records[0].name
+    said = [step for step in steps if isinstance(step, str)]
+    assert said == ["load", "capture", "reference", "compile"]
+    assert [step.name for step in steps if not isinstance(step, str)] == [p.name for p in default_passes(Recipe())]
+    assert listing(directory) == before
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = small().train()
+    model.requires_grad_(True)
+    config, state = copy.deepcopy(model.config.to_dict()), {k: v.clone() for k, v in model.state_dict().items()}
+    storage = {name: p.data_ptr() for name, p in model.named_parameters()}
+    implementation = model.config._attn_implementation
+    with torch.no_grad():
+        logits = model(PROMPT).logits
+    ryzen_compile.optimize(model, verify=False).close()
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert model.config.to_dict() == config and model.config._attn_implementation == implementation
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == storage
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model(PROMPT).logits, logits)
+
+
+def test_a_failed_capture_leaves_the_model_as_it_was() -> None:
+    model = small()
+    before = model.config._attn_implementation
+
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * float(x.sum())  # a value where there is only a shape
+
+    model.model.norm = Broken()
+    with pytest.raises(errors.CaptureError, match="torch.export could not trace LlamaForCausalLM"):
+        ryzen_compile.optimize(model.train())
+    assert model.training and model.config._attn_implementation == before
+
+
+def test_without_the_gate_the_result_is_the_same(model: nn.Module, compiled: CompiledModel) -> None:
+    with ryzen_compile.optimize(model, verify=False) as unchecked:
+        assert unchecked.report.reference_rmse is None
+        assert all(record.max_error is None for record in unchecked.report.records)
+        assert unchecked.report.hits() == compiled.report.hits()
+        assert torch.equal(unchecked(PROMPT), compiled(PROMPT))
+    assert compiled.report.reference_rmse is not None
+
+
+def test_the_eager_backend_generates_but_saves_nothing(
+    model: nn.Module, compiled: CompiledModel, tmp_path: Path
+) -> None:
+    with ryzen_compile.optimize(model, backend="eager", verify=False) as eager:
+        assert eager.engine.name == "eager"
+        assert greedy(eager) == greedy(compiled)
+        with pytest.raises(errors.UsageError, match=r"'eager' engine, has nothing to save; .*onnxruntime backend"):
+            eager.save_pretrained(tmp_path / "out")
+    assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize("logits", ["last", "all"])
+def test_logits_of_the_last_token_or_of_all(logits: str) -> None:
+    model = small()
+    with torch.no_grad():
+        expected = model(PROMPT).logits
+    with ryzen_compile.optimize(model, logits=logits, verify=False) as found:
+        got = found(PROMPT)
+        assert found.engine.all_logits == (logits == "all")
+        assert "prune_logits" in found.report.hits() or logits == "all"
+    torch.testing.assert_close(got, expected if logits == "all" else expected[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_context_shortens_the_models_own() -> None:
+    model = small()
+    recipe = Recipe(name="short", context=16)
+    with ryzen_compile.optimize(model, recipe, verify=False) as found:
+        assert found.spec.context == 16
+        assert greedy(found, 11) == greedy(model, 11)
+        with pytest.raises(errors.PromptError, match="5 tokens plus 12 new tokens exceeds the model's context of 16"):
+            greedy(found, 12)
+
+
+def test_a_plain_module_needs_a_context_only_if_it_does_not_say(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    nano = NanoDecoder(width=32, heads=2, layers=1).eval()
+    randomize(nano)
+    with ryzen_compile.optimize(nano, verify=False) as found:
+        assert found.spec.context == CONTEXT
+        ids, expected = PROMPT, PROMPT
+        for _ in range(NEW):
+            expected = torch.cat([expected, nano(expected)[:, -1].argmax(-1, keepdim=True)], 1)
+        assert torch.equal(found.generate(ids, max_new_tokens=NEW), expected)
+        found.save_pretrained(tmp_path / "artifact")
+    with ryzen_compile.load(tmp_path / "artifact") as loaded:
+        assert loaded.generate(PROMPT, max_new_tokens=NEW).tolist() == expected.tolist()
+    del nano.block_size
+    with pytest.raises(errors.ConfigError, match="NanoDecoder does not say how many positions it has; pass context=N"):
+        ryzen_compile.optimize(nano)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"recipe": "fp23"}, errors.ConfigError, "there is no recipe 'fp23'; did you mean 'fp32'?"),
+        ({"recipe": "zstd"}, errors.ConfigError, "there is no recipe 'zstd'; recipes are fp32"),
+        ({"logits": "lst"}, errors.ConfigError, "logits: Input should be 'last' or 'all', got 'lst'"),
+        ({"context": 0}, errors.ConfigError, "context: Input should be greater than or equal to 1, got 0"),
+        ({"context": "many"}, errors.ConfigError, "context: Input should be a valid integer.*got 'many'"),
+        ({"context": CONTEXT + 1}, errors.ConfigError, f"context {CONTEXT + 1} exceeds the {CONTEXT} positions"),
+        ({"backend": "tensorrt"}, errors.UsageError, "no backend 'tensorrt'; use one of eager, onnxruntime"),
+        ({"threads": 0, "verify": False}, errors.UsageError, "threads must be at least 1, got 0"),
+    ],
+)
+def test_what_is_asked_for_is_checked(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message.replace("?", r"\?")):
+        ryzen_compile.optimize(small(), **arguments)
+
+
+def test_an_unknown_setting_of_a_recipe_is_refused() -> None:
+    with pytest.raises(ValueError, match="contxt"):
+        Recipe(contxt=16)
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().context = 16
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = small()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5:7] = float("nan")
+    message = r"'model\.layers\.0\.mlp\.up_proj\.weight' holds 2 NaN or infinite value\(s\); 1 tensor\(s\) are affected"
+    for call in (ryzen_compile.optimize, lambda m: export(m, tmp_path / "out")):
+        with pytest.raises(errors.ModelError, match=message):
+            call(model)
+    assert listing(tmp_path) == {}
+
+
+# --- the user's own passes --------------------------------------------------------------------------------------------
+class SquaredRelu(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(x)
+        return y * y
+
+
+@pytest.fixture(scope="module")
+def documented(repository: Path) -> tuple[ModuleType, str]:
+    """The pass that docs/writing_a_pass.md shows, as a module, and the lines that run it."""
+    text = (repository / "docs" / "writing_a_pass.md").read_text(encoding="utf-8")
+    definition, usage = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    module = ModuleType("documented_pass")
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    exec(compile(definition, "writing_a_pass.md", "exec"), module.__dict__)  # noqa: S102 - our own page
+    return module, usage
+
+
+@pytest.fixture(scope="module")
+def decoder() -> nn.Module:
+    model = small()
+    model.model.layers[0].mlp.act_fn = SquaredRelu()
+    return model
+
+
+def test_the_documented_pass_fires_before_the_recipes_own(
+    documented: tuple[ModuleType, str], decoder: nn.Module
+) -> None:
+    passes = [documented[0].FuseSquaredRelu(), *default_passes(Recipe())]
+    with ryzen_compile.optimize(decoder, passes=passes) as found:
+        first = found.report.records[0]
+        assert (first.name, first.status, len(first.hits), first.misses) == ("fuse_squared_relu", "applied", 1, ())
+        assert first.ops["ryzen.activation"] == 1 and "aten.relu" not in first.ops
+        assert found.report.hits()["recognize_activation"] == 0
+        assert greedy(found) == greedy(decoder)
+
+
+def test_the_documented_usage_runs_as_printed(
+    documented: tuple[ModuleType, str], decoder: nn.Module, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, usage = documented
+    names = {**module.__dict__, "decoder": decoder}
+    exec(compile(usage, "writing_a_pass.md", "exec"), names)  # noqa: S102 - our own page
+    with names["model"] as found:
+        assert "fuse_squared_relu" in found.report.hits()
+        assert greedy(found) == greedy(decoder)
+    assert "fuse_squared_relu" in capsys.readouterr().out
+
+
+def test_a_pass_that_moves_the_logits_is_rolled_back(decoder: nn.Module) -> None:
+    from ryzen_compile import RewritePass
+
+    class DropRelu(RewritePass):
+        name = "drop_relu"
+        anchors = (torch.ops.aten.relu,)
+
+        def match(self, node: torch.fx.Node, program: Any) -> torch.fx.Node:
+            return node
+
+        def rewrite(self, edit: Any, m: torch.fx.Node) -> None:
+            edit.replace(m, m.args[0])
+
+    with ryzen_compile.optimize(decoder, passes=[DropRelu(), *default_passes(Recipe())]) as found:
+        first = found.report.records[0]
+        assert first.status == "rolled back" and not first.hits
+        assert re.search(r"logits moved by [\d.e+-]+ .*first in model\.layers\.0\.mlp", first.detail)
+        assert greedy(found) == greedy(decoder)
+
+
+def test_passes_without_a_cache_cannot_generate(decoder: nn.Module) -> None:
+    with pytest.raises(errors.UsageError, match="has no key/value cache; run insert_kv_cache"):
+        ryzen_compile.optimize(decoder, passes=[], verify=False)
+
+
+# --- save and load ----------------------------------------------------------------------------------------------------
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+def test_what_was_saved_loads_and_gives_the_same(compiled: CompiledModel, saved: Path) -> None:
+    with ryzen_compile.load(saved) as loaded:
+        assert greedy(loaded) == greedy(compiled)
+        assert torch.equal(loaded(PROMPT), compiled(PROMPT))
+        assert loaded.spec == compiled.spec
+        assert loaded.config == {**json.loads(json.dumps(compiled.config)), **loaded.config}
+        assert loaded.report == json.loads(json.dumps(compiled.report.to_json(), default=str))
+
+
+def test_two_exports_differ_in_their_times_only(model: nn.Module, saved: Path, tmp_path: Path) -> None:
+    """Captured, rewritten and written anew: the weights, the graph and every configuration are the same bytes."""
+    export(model, tmp_path / "again")
+    one, other = digests(saved), digests(tmp_path / "again")
+    assert one.keys() == other.keys()
+    assert {name for name in one if one[name] != other[name]} <= {*TIMED, MANIFEST_NAME}
+    stable = [{**read_manifest(path), "files": None} for path in (saved, tmp_path / "again")]
+    assert stable[0] == stable[1]
+
+
+def test_loading_and_saving_copies_every_byte(saved: Path, tmp_path: Path) -> None:
+    with ryzen_compile.load(saved) as loaded:
+        loaded.save_pretrained(tmp_path / "copy")
+        assert digests(tmp_path / "copy") == digests(saved)
+        with pytest.raises(errors.ArtifactError, match="is not empty"):
+            loaded.save_pretrained(tmp_path / "copy")
+        loaded.save_pretrained(tmp_path / "copy", force=True)
+    assert digests(tmp_path / "copy") == digests(saved)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_an_artifact_can_replace_the_one_it_was_loaded_from(saved: Path, tmp_path: Path) -> None:
+    with ryzen_compile.load(saved) as loaded:
+        loaded.save_pretrained(tmp_path / "copy")
+    before = digests(tmp_path / "copy")
+    with ryzen_compile.load(tmp_path / "copy") as own:
+        own.save_pretrained(tmp_path / "copy", force=True)
+        assert greedy(own)
+    assert digests(tmp_path / "copy") == before
+
+
+def test_a_failed_save_keeps_the_model_usable(compiled: CompiledModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(errors.UsageError, match="is a file"):
+        compiled.save_pretrained(tmp_path / "file")
+    assert listing(tmp_path) == {"file": 1}
+    assert greedy(compiled)
+
+
+LOAD_WITHOUT_TORCH = """
+import sys
+import ryzen_compile
+with ryzen_compile.load(sys.argv[1], threads=1) as model:
+    out = model.generate([[5, 17, 80, 3, 41]], max_new_tokens=17)
+heavy = sorted({"torch", "transformers", "onnxscript", "onnx_ir"} & set(sys.modules))
+print(out.tolist(), heavy)
+"""
+
+
+def test_loading_needs_neither_torch_nor_transformers(compiled: CompiledModel, saved: Path, repository: Path) -> None:
+    child = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LOAD_WITHOUT_TORCH, str(saved)],
+        cwd=repository, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert child.stderr == ""
+    assert child.stdout.strip() == f"{greedy(compiled)} []"
