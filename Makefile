@@ -3,8 +3,7 @@
 #   make test     the test suite
 #   make check    ruff (lint and format) and mypy
 # PYTHON picks the interpreter (3.11 or newer). PIP_ARGS is passed to pip: on Linux, PyPI's torch brings CUDA with it, and
-#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-# takes the far smaller CPU build of the same version.
+# PIP_ARGS="--extra-index-url <PyTorch's CPU index>" takes the far smaller CPU build of the same version.
 
 PYTHON ?= python3
 PIP_ARGS ?=

@@ -61,8 +61,11 @@ def optimize(
 
     The model is left as it was. Raises an error of :mod:`ryzen_compile.errors`.
     """
-    source = read_source(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, progress=progress)
     chosen = find_recipe(recipe, context=context, logits=logits)
+    get_backend(backend)  # what is asked for is refused before the model is read
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be at least 1, got {threads}")
+    source = read_source(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, progress=progress)
     program, report = rewrite(source.model, chosen, backend=backend, passes=passes, verify=verify, progress=progress)
     saver: Callable[[Path, bool], None] | None = None
     engine: Engine
@@ -104,6 +107,7 @@ def export(
     """Writes the artifact of ``model`` to ``out`` without loading it: one pass over the weights. See ``optimize``."""
     target = Path(out)
     _refuse_target(target, model, force)
+    chosen = find_recipe(recipe, context=context, logits=logits)
     source = read_source(
         model,
         trust_remote_code=trust_remote_code,
@@ -111,7 +115,6 @@ def export(
         local_files_only=local_files_only,
         progress=progress,
     )
-    chosen = find_recipe(recipe, context=context, logits=logits)
     program, report = rewrite(source.model, chosen, verify=verify, progress=progress)
     _say(progress, "write")
     _write_artifact(target, program, report, chosen, source, force)

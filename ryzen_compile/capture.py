@@ -58,13 +58,14 @@ def capture(model: nn.Module, *, context: int | None = None) -> Program:
     """
     limit = _context(model, context)
     _refuse_half(model)
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]  # parts may be frozen in another mode
     model.eval()
     try:
         with _attention_recorder(model) as honoured:
             exported = _export(_wrap(model), limit)
     finally:
-        model.train(training)
+        for module, flag in training:
+            module.training = flag
     spec = _read_spec(model, exported, limit)
     provenance = {
         "class": type(model).__name__,

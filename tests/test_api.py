@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,7 +43,7 @@ def greedy(model: Any, new: int = NEW) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return build(case_named("llama"))
+    return small()
 
 
 @pytest.fixture(scope="module")
@@ -101,22 +102,45 @@ def test_a_directory_brings_its_tokenizer_and_config(tmp_path_factory: pytest.Te
     assert listing(directory) == before
 
 
-def test_the_model_is_left_as_it_was() -> None:
+SHORT = 16
+
+
+@dataclass(frozen=True)
+class Unusual:
+    """A model in training mode, compiled for all logits and a short context, and what it was before."""
+
+    model: nn.Module
+    before: dict[str, Any]
+    compiled: CompiledModel
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """All of a model that capturing it could disturb."""
+    return {
+        "training": [module.training for module in model.modules()],
+        "config": copy.deepcopy(model.config.to_dict()),
+        "attention": model.config._attn_implementation,
+        "parameters": {
+            name: (p.data_ptr(), p.requires_grad, p.grad, hashlib.sha256(p.detach().numpy().tobytes()).hexdigest())
+            for name, p in model.named_parameters()
+        },
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "forward": type(model).forward,
+        "attributes": sorted(vars(model)),
+    }
+
+
+@pytest.fixture(scope="module")
+def unusual() -> Iterator[Unusual]:
     model = small().train()
-    model.requires_grad_(True)
-    config, state = copy.deepcopy(model.config.to_dict()), {k: v.clone() for k, v in model.state_dict().items()}
-    storage = {name: p.data_ptr() for name, p in model.named_parameters()}
-    implementation = model.config._attn_implementation
-    with torch.no_grad():
-        logits = model(PROMPT).logits
-    ryzen_compile.optimize(model, verify=False).close()
-    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
-    assert model.config.to_dict() == config and model.config._attn_implementation == implementation
-    assert {name: p.data_ptr() for name, p in model.named_parameters()} == storage
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    with torch.no_grad():
-        assert torch.equal(model(PROMPT).logits, logits)
+    before = state_of(model)
+    recipe = Recipe(name="short", context=SHORT, logits="all")
+    with ryzen_compile.optimize(model, recipe, verify=False) as found:
+        yield Unusual(model, before, found)
+
+
+def test_the_model_is_left_as_it_was(unusual: Unusual) -> None:
+    assert state_of(unusual.model) == unusual.before
 
 
 def test_a_failed_capture_leaves_the_model_as_it_was() -> None:
@@ -128,17 +152,22 @@ def test_a_failed_capture_leaves_the_model_as_it_was() -> None:
             return x * float(x.sum())  # a value where there is only a shape
 
     model.model.norm = Broken()
-    with pytest.raises(errors.CaptureError, match="torch.export could not trace LlamaForCausalLM"):
+    with pytest.raises(errors.CaptureError, match=r"torch\.export could not trace LlamaForCausalLM"):
         ryzen_compile.optimize(model.train())
     assert model.training and model.config._attn_implementation == before
 
 
-def test_without_the_gate_the_result_is_the_same(model: nn.Module, compiled: CompiledModel) -> None:
-    with ryzen_compile.optimize(model, verify=False) as unchecked:
-        assert unchecked.report.reference_rmse is None
-        assert all(record.max_error is None for record in unchecked.report.records)
-        assert unchecked.report.hits() == compiled.report.hits()
-        assert torch.equal(unchecked(PROMPT), compiled(PROMPT))
+@pytest.fixture(scope="module")
+def unchecked(model: nn.Module) -> Iterator[CompiledModel]:
+    with ryzen_compile.optimize(model, verify=False) as found:
+        yield found
+
+
+def test_without_the_gate_the_result_is_the_same(unchecked: CompiledModel, compiled: CompiledModel) -> None:
+    assert unchecked.report.reference_rmse is None
+    assert all(record.max_error is None for record in unchecked.report.records)
+    assert unchecked.report.hits() == compiled.report.hits()
+    assert torch.equal(unchecked(PROMPT), compiled(PROMPT))
     assert compiled.report.reference_rmse is not None
 
 
@@ -153,26 +182,20 @@ def test_the_eager_backend_generates_but_saves_nothing(
     assert listing(tmp_path) == {}
 
 
-@pytest.mark.parametrize("logits", ["last", "all"])
-def test_logits_of_the_last_token_or_of_all(logits: str) -> None:
-    model = small()
+def test_logits_of_all_tokens(unusual: Unusual, compiled: CompiledModel) -> None:
     with torch.no_grad():
-        expected = model(PROMPT).logits
-    with ryzen_compile.optimize(model, logits=logits, verify=False) as found:
-        got = found(PROMPT)
-        assert found.engine.all_logits == (logits == "all")
-        assert "prune_logits" in found.report.hits() or logits == "all"
-    torch.testing.assert_close(got, expected if logits == "all" else expected[:, -1:], rtol=1e-4, atol=1e-5)
+        expected = unusual.model(PROMPT).logits
+    torch.testing.assert_close(unusual.compiled(PROMPT), expected, rtol=1e-4, atol=1e-5)
+    assert unusual.compiled.engine.all_logits and not compiled.engine.all_logits
+    assert "prune_logits" not in unusual.compiled.report.hits()
+    assert compiled.report.hits()["prune_logits"] == 1
 
 
-def test_a_context_shortens_the_models_own() -> None:
-    model = small()
-    recipe = Recipe(name="short", context=16)
-    with ryzen_compile.optimize(model, recipe, verify=False) as found:
-        assert found.spec.context == 16
-        assert greedy(found, 11) == greedy(model, 11)
-        with pytest.raises(errors.PromptError, match="5 tokens plus 12 new tokens exceeds the model's context of 16"):
-            greedy(found, 12)
+def test_a_context_shortens_the_models_own(unusual: Unusual) -> None:
+    assert unusual.compiled.spec.context == SHORT
+    assert greedy(unusual.compiled, SHORT - 5) == greedy(unusual.model, SHORT - 5)
+    with pytest.raises(errors.PromptError, match="5 tokens plus 12 new tokens exceeds the model's context of 16"):
+        greedy(unusual.compiled, SHORT - 4)
 
 
 def test_a_plain_module_needs_a_context_only_if_it_does_not_say(tmp_path: Path) -> None:
@@ -203,7 +226,7 @@ def test_a_plain_module_needs_a_context_only_if_it_does_not_say(tmp_path: Path) 
         ({"context": "many"}, errors.ConfigError, "context: Input should be a valid integer.*got 'many'"),
         ({"context": CONTEXT + 1}, errors.ConfigError, f"context {CONTEXT + 1} exceeds the {CONTEXT} positions"),
         ({"backend": "tensorrt"}, errors.UsageError, "no backend 'tensorrt'; use one of eager, onnxruntime"),
-        ({"threads": 0, "verify": False}, errors.UsageError, "threads must be at least 1, got 0"),
+        ({"threads": 0}, errors.UsageError, "threads must be at least 1, got 0"),
     ],
 )
 def test_what_is_asked_for_is_checked(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -317,9 +340,9 @@ def test_what_was_saved_loads_and_gives_the_same(compiled: CompiledModel, saved:
         assert loaded.report == json.loads(json.dumps(compiled.report.to_json(), default=str))
 
 
-def test_two_exports_differ_in_their_times_only(model: nn.Module, saved: Path, tmp_path: Path) -> None:
+def test_two_exports_differ_in_their_times_only(unchecked: CompiledModel, saved: Path, tmp_path: Path) -> None:
     """Captured, rewritten and written anew: the weights, the graph and every configuration are the same bytes."""
-    export(model, tmp_path / "again")
+    unchecked.save_pretrained(tmp_path / "again")
     one, other = digests(saved), digests(tmp_path / "again")
     assert one.keys() == other.keys()
     assert {name for name in one if one[name] != other[name]} <= {*TIMED, MANIFEST_NAME}

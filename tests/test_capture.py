@@ -1,4 +1,4 @@
-"""Capture: the Program computes what the model computes, the model is handed back as it was, and errors name a cause."""
+"""Capture: the Program computes what the model does, the model is handed back as it was, and errors name a cause."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_failed_capture_hands_the_model_back_too(kind: type[nn.Module], reason
     with pytest.raises(CaptureError, match=f"^torch.export could not trace {kind.__name__}: ") as caught:
         capture(model)
     assert "\n" not in str(caught.value) and len(caught.value.message) < 400
-    assert reason in caught.value.message.replace("Data-dependent", "data-dependent") or reason in str(caught.value)
+    assert reason in caught.value.message
     assert caught.value.__cause__ is not None and "data-dependent control flow" in caught.value.hint
     assert state(model) == before
 
@@ -200,15 +200,15 @@ def test_what_cannot_be_traced_says_so_in_one_line() -> None:
     assert model.training
 
 
-NOT_DECODERS = {
-    "no embedding": (lambda: NoTable(), r"got an output of shape \(\w+, \w+, 5\) and no embedding"),
-    "no logits": (lambda: Plain(lambda x: x.sum(-1)), r"got an output of shape \(\w+, \w+\)$"),
-}
-
-
 class NoTable(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         return input_ids[:, :, None].float() * torch.ones(5)
+
+
+NOT_DECODERS = {
+    "no embedding": (NoTable, r"got an output of shape \(\w+, \w+, 5\) and no embedding"),
+    "no logits": (lambda: Plain(lambda x: x.sum(-1)), r"got an output of shape \(\w+, \w+\)$"),
+}
 
 
 @pytest.mark.parametrize("case", NOT_DECODERS)

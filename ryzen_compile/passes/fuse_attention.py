@@ -115,7 +115,7 @@ def _match_sdpa(node: fx.Node, probe: Probe, context: int) -> Match | NoMatch:
         spec = _read_rows(visible, n)
     scale = given.get("scale")
     scale = 1.0 / math.sqrt(int(shape(q)[3])) if scale is None else float(scale)
-    k, v = _unrepeated(k, probe), _unrepeated(v, probe)
+    k, v = _both_unrepeated(k, v, probe)
     return Match(node, q, k, v, None, scale, 0.0, spec, heads_first=True)
 
 
@@ -142,11 +142,11 @@ def _match_softmax(node: fx.Node, probe: Probe, context: int) -> Match | NoMatch
     if isinstance(read, NoMatch):
         return read
     scale, softcap, spec = read
-    source, order = turned.args
+    (k, order), v = turned.args, out.args[1]
     straight = tuple(order[d] for d in (0, 1, 3, 2))
     if straight == (0, 1, 2, 3):
-        source = _unrepeated(source, probe)
-    return Match(out, q, source, _unrepeated(out.args[1], probe), None, scale, softcap, spec, True, straight)
+        k, v = _both_unrepeated(k, v, probe)
+    return Match(out, q, k, v, None, scale, softcap, spec, True, straight)
 
 
 def _read_scores(scores: fx.Node, product: fx.Node, probe: Probe, n: int) -> tuple[float, float, MaskSpec] | NoMatch:
@@ -179,11 +179,17 @@ def _read_scores(scores: fx.Node, product: fx.Node, probe: Probe, n: int) -> tup
 
 def _read_rows(visible: Tensor, n: int) -> MaskSpec:
     """``visible`` broadcasts to (1, H, n, n); raises ``UnsupportedError`` when it is no MaskSpec."""
-    square = visible.expand(1, visible.shape[1] if visible.ndim > 1 else 1, n, n)
+    square = visible.expand(1, visible.shape[-3] if visible.ndim > 2 else 1, n, n)
     if not torch.equal(square, square[:, :1].expand_as(square)):
         raise UnsupportedError("heads have different masks")
     rows = square[0, 0]
     return read_mask(lambda _batch, _head, q, k: rows[q, k], length=n)
+
+
+def _both_unrepeated(k: fx.Node, v: fx.Node, probe: Probe) -> tuple[fx.Node, fx.Node]:
+    """Keys and values before their repetition; as they are when that would leave them with different heads."""
+    narrow = _unrepeated(k, probe), _unrepeated(v, probe)
+    return narrow if shape(narrow[0])[1] == shape(narrow[1])[1] else (k, v)
 
 
 def _unrepeated(node: fx.Node, probe: Probe) -> fx.Node:

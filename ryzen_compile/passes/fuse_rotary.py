@@ -93,7 +93,8 @@ def match(start: fx.Node, probe: Probe, program: Program, tables: dict, consumed
         return cos_sin
     rotary_dim, interleaved, sample_cos, sample_sin = cos_sin
     angles = frozenset(n for node in inside for n in node.all_input_nodes if n in probe.of_positions)
-    key = (angles, rotary_dim, interleaved)
+    signs = (sample_cos.numpy().tobytes(), sample_sin.numpy().tobytes())  # one angle can be turned by both ways
+    key = (angles, rotary_dim, interleaved, signs)
     if key not in tables:
         tables[key] = _table(x, y, heads_first, rotary_dim, interleaved, probe, program.spec.context)
     cos, sin = tables[key]
@@ -121,7 +122,7 @@ def _rotation_region(start: fx.Node, probe: Probe) -> tuple[fx.Node, fx.Node, se
     best = None
     exit_ = start
     while True:
-        found = probe.common_source(exit_, EXPANDABLE)
+        found = probe.common_source(exit_, EXPANDABLE, until=lambda n: probe.order[n] < probe.order[start])
         if found is not None:
             x, inside = found
             if start in inside and _sums(inside) and shape(x) == shape(exit_):

@@ -1,0 +1,226 @@
+"""Every command once, as a user types it: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ryzen_compile
+from ryzen_compile import cli
+from ryzen_compile.api import export
+from ryzen_compile.config import RECIPES, Recipe
+from ryzen_compile.manifest import read_manifest
+from ryzen_compile.pipeline import default_passes
+from tests.model_directory import listing, shared_artifact, shared_model
+
+PROMPT = "def add(first"
+PASSES = [step.name for step in default_passes(Recipe())]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_model(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_artifact(tmp_path_factory)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command line that must succeed; returns its stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[str, str]:
+        status = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert status == 0, err
+        return out, err
+
+    return call
+
+
+def expected(artifact: Path, prompt: str, new: int, **options: Any) -> list[int]:
+    with ryzen_compile.load(artifact) as model:
+        ids = np.array([model.tokenizer.encode(prompt)])
+        return model.generate(ids, max_new_tokens=new, **options)[0, ids.shape[1] :].tolist()
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+def test_export_writes_an_artifact_and_tells_how(run: Any, model: Path, artifact: Path, tmp_path: Path) -> None:
+    before = listing(model)
+    out, err = run("export", model, tmp_path / "out", "--context", 64, "--logits", "all")
+    lines = out.splitlines()
+    assert lines[0].split()[:3] == ["pass", "status", "hits"]
+    assert [line.split()[0] for line in lines[1 : len(PASSES)]] == [name for name in PASSES if name != "prune_logits"]
+    assert re.fullmatch(rf"wrote {re.escape(str(tmp_path / 'out'))} \([\d.]+ [KM]iB\)", lines[-1])
+    steps = [re.sub(r"^ *[\d.]+ s  ", "", line) for line in err.splitlines()]
+    assert steps == [
+        "loading weights",
+        "capturing the graph",
+        "computing the float64 reference",
+        "writing the artifact",
+    ]
+    assert listing(model) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["spec"]["context"] == manifest["recipe"]["context"] == 64
+    assert manifest["recipe"]["logits"] == "all"
+    assert expected(tmp_path / "out", PROMPT, 17) == expected(artifact, PROMPT, 17)
+
+
+def test_export_as_json_replaces_with_force(run: Any, model: Path, tmp_path: Path) -> None:
+    export(model, tmp_path / "out", verify=False, context=32)
+    out, err = run("export", model, tmp_path / "out", "--force", "--no-verify", "--json")
+    found = json.loads(out)
+    assert err == ""
+    assert found["artifact"] == str(tmp_path / "out")
+    assert [record["name"] for record in found["report"]["records"]] == PASSES
+    assert all(record["max_error"] is None for record in found["report"]["records"])
+    assert read_manifest(tmp_path / "out")["recipe"]["context"] is None
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+def test_generate_continues_the_prompt(run: Any, artifact: Path) -> None:
+    out, err = run("generate", artifact, PROMPT, "-n", 17)
+    with ryzen_compile.load(artifact) as model:
+        text = model.tokenizer.decode(expected(artifact, PROMPT, 17), skip_special_tokens=True)
+    assert out == text + "\n"
+    assert re.fullmatch(r"\[17 tokens, first after \d+ ms, [\d.]+ tok/s\]\n", err)
+
+
+def test_generate_reads_stdin(run: Any, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argument, _ = run("generate", artifact, PROMPT, "-n", 5)
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    piped, _ = run("generate", artifact, "-n", 5)
+    assert piped == argument
+
+
+def test_generate_as_json(run: Any, artifact: Path) -> None:
+    out, err = run("generate", artifact, PROMPT, "--max-new-tokens", 7, "--json", "--threads", 1, "--no-digests")
+    found = json.loads(out)
+    assert err == ""
+    assert found["ids"] == expected(artifact, PROMPT, 7)
+    assert found["new_tokens"] == 7
+    with ryzen_compile.load(artifact) as model:
+        assert found["text"] == model.tokenizer.decode(found["ids"], skip_special_tokens=True)
+        assert found["prompt_tokens"] == len(model.tokenizer.encode(PROMPT))
+    assert found["time_to_first_token_s"] > 0 and found["decode_tokens_per_s"] > 0
+    one, _ = run("generate", artifact, PROMPT, "-n", 1, "--json")
+    assert json.loads(one)["decode_tokens_per_s"] is None
+
+
+def test_an_empty_prompt_starts_from_bos(run: Any, artifact: Path) -> None:
+    out, _ = run("generate", artifact, "", "-n", 5, "--json")
+    with ryzen_compile.load(artifact) as model:
+        assert json.loads(out)["ids"] == model.generate([[1]], max_new_tokens=5)[0, 1:].tolist()
+
+
+def test_generate_stops_at_a_string(run: Any, artifact: Path) -> None:
+    ids = expected(artifact, PROMPT, 17)
+    with ryzen_compile.load(artifact) as model:
+        pieces = [model.tokenizer.decode([token]) for token in ids]
+    at = next(i for i, piece in enumerate(pieces) if i >= 3 and piece.isprintable() and piece not in pieces[:i])
+    out, _ = run("generate", artifact, PROMPT, "-n", 17, "--json", "--stop", "never said", "--stop", pieces[at])
+    assert json.loads(out)["ids"] == ids[: at + 1]
+
+
+def test_a_seed_repeats_a_sample(run: Any, artifact: Path) -> None:
+    options = ("generate", artifact, PROMPT, "-n", 17, "--temperature", 1.5, "--top-p", 0.95, "--json")
+    found = [json.loads(run(*options, "--seed", seed)[0])["ids"] for seed in (3, 3, 4)]
+    assert found[0] == found[1] != found[2]
+    assert found[0] == expected(artifact, PROMPT, 17, do_sample=True, temperature=1.5, top_p=0.95, seed=3)
+    assert found[0] != expected(artifact, PROMPT, 17)
+
+
+def test_sampling_settings_reach_the_sampler(run: Any, artifact: Path) -> None:
+    greedy = expected(artifact, PROMPT, 7)
+    options = ("generate", artifact, PROMPT, "-n", 7, "--temperature", 9, "--seed", 1, "--json")
+    assert json.loads(run(*options)[0])["ids"] != greedy
+    for narrowing in (("--top-k", 1), ("--min-p", 1), ("--top-p", 1e-9)):
+        assert json.loads(run(*options, *narrowing)[0])["ids"] == greedy, narrowing
+    penalised = run("generate", artifact, PROMPT, "-n", 7, "--repetition-penalty", 1e6, "--json")[0]
+    assert json.loads(penalised)["ids"] == expected(artifact, PROMPT, 7, repetition_penalty=1e6)
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+TINY = ("-p", 5, "-n", 3, "-r", 2, "-t", 1)
+
+
+def test_bench_compares_engines_in_one_table(run: Any, model: Path) -> None:
+    out, _ = run("bench", model, "--engine", "onnxruntime", "--engine", "hf", *TINY)
+    table = [line.split("|") for line in out.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in row] for row in table]
+    assert cells[0][1:-1] == ["model", "size", "params", "backend", "threads", "test", "t/s"]
+    rows = [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+    assert sorted((row["backend"], row["test"]) for row in rows) == [
+        ("hf", "pp5"), ("hf", "tg3"), ("onnxruntime", "pp5"), ("onnxruntime", "tg3"),
+    ]  # fmt: skip
+    assert all(re.fullmatch(r"[\d.]+ ± [\d.]+", row["t/s"]) for row in rows)
+    assert {row["threads"] for row in rows} == {"1"}
+    assert re.search(r"^tg3: onnxruntime is [\d.]+ x hf$", out, re.MULTILINE)
+    assert re.search(r"^onnxruntime: pp5: first token after \d+ ms", out, re.MULTILINE)
+    assert re.search(r"GB/s, \d+ % of a plain read \([\d.]+ GB/s\)$", out, re.MULTILINE)
+    assert re.search(r"^peak memory of this process: [\d.]+ GiB$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv"])
+def test_bench_of_an_artifact_for_machines(run: Any, artifact: Path, form: str) -> None:
+    out, _ = run("bench", artifact, *TINY, "-d", 0, "-d", 7, "-o", form)
+    if form == "csv":
+        rows = list(csv.DictReader(io.StringIO(out)))
+    elif form == "jsonl":
+        rows = [json.loads(line) for line in out.splitlines()]
+    else:
+        whole = json.loads(out)
+        rows = whole if isinstance(whole, list) else next(v for v in whole.values() if isinstance(v, list))
+    tests = [json.dumps(row) for row in rows]
+    for name in ("pp5", "pp5 @ d7", "tg3", "tg3 @ d7"):
+        assert any(f'"{name}"' in line for line in tests), name
+
+
+# --- explain, passes, recipes -----------------------------------------------------------------------------------------
+def test_explain_an_artifact_shows_its_report(run: Any, artifact: Path) -> None:
+    out, err = run("explain", artifact)
+    assert out.rstrip("\n") == (artifact / "report.md").read_text(encoding="utf-8").rstrip("\n")
+    assert err == f"from {artifact / 'report.json'}\n"
+    out, err = run("explain", artifact, "--json")
+    assert json.loads(out) == json.loads((artifact / "report.json").read_text(encoding="utf-8"))
+    assert err == ""
+
+
+def test_explain_a_model_shows_hits_reasons_and_operators(run: Any, model: Path) -> None:
+    before = listing(model)
+    out, err = run("explain", model)
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line[:1].isalpha()}
+    assert set(PASSES) <= set(rows)
+    assert rows["insert_kv_cache"][1:3] == ["applied", "2"]
+    assert re.search(r"^ {4}\d+ x its input is not a sum  \[model\.embed_tokens\]$", out, re.MULTILINE)
+    assert re.search(r"^operators before: .*ryzen\.attention 2", out, re.MULTILINE)
+    assert re.search(r"^operators after: .*ryzen\.cached_attention 2", out, re.MULTILINE)
+    assert "capturing the graph" in err and "writing" not in err
+    assert listing(model) == before
+
+
+def test_passes_are_listed_in_order(run: Any) -> None:
+    out, err = run("passes")
+    assert [line.split()[:2] for line in out.splitlines()] == [[str(i), name] for i, name in enumerate(PASSES, 1)]
+    assert err == ""
+    rows = json.loads(run("passes", "--json")[0])
+    assert [(row["order"], row["name"]) for row in rows] == list(enumerate(PASSES, 1))
+    assert all(row["promise"] in ("exact", "lossy") and len(row["does"]) > 10 for row in rows)
+
+
+def test_recipes_are_listed(run: Any) -> None:
+    out, err = run("recipes")
+    assert [line.split()[0] for line in out.splitlines()] == [recipe.name for recipe in RECIPES]
+    assert err == ""
+    assert [Recipe(**row) for row in json.loads(run("recipes", "--json")[0])] == list(RECIPES)
