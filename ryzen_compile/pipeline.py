@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from ryzen_compile.config import Recipe
@@ -95,21 +96,17 @@ def _run_one(
     pass_: Pass, program: Program, before: Sequence[PassRecord], gate: Gate | None, strict: bool
 ) -> tuple[Program, PassRecord]:
     started = time.perf_counter()
-    try:
+    with _blamed_on(pass_, before):
         result = pass_.run(program)
         if strict and result.changed:
             verify(result.program)
-    except RyzenCompileError:
-        raise
-    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        ran = ", ".join(r.name for r in before) or "nothing"
-        raise PassError(f"pass {pass_.name} failed after {ran}: {type(error).__name__}: {error}") from error
     seconds = time.perf_counter() - started
     if pass_.required and not result.changed:
         raise _required_failure(pass_, result, before)
     if not result.changed or gate is None:
         return result.program, _record(pass_, "applied" if result.changed else "unchanged", program, result, seconds)
-    rmse, max_error, within = gate.measure(result.program)
+    with _blamed_on(pass_, before):  # a graph that cannot run is the pass's fault too
+        rmse, max_error, within = gate.measure(result.program)
     if within:
         record = _record(pass_, "applied", program, result, seconds, max_error, rmse)
         return result.program, record
@@ -119,6 +116,20 @@ def _run_one(
         raise ParityError(f"pass {pass_.name}: {detail}", hint="this graph cannot be generated from with a cache")
     rolled = PassResult(program, (), result.misses)
     return program, _record(pass_, "rolled back", program, rolled, seconds, max_error, rmse, detail)
+
+
+@contextmanager
+def _blamed_on(pass_: Pass, before: Sequence[PassRecord]) -> Iterator[None]:
+    """Names the pass, and those that ran before it, in whatever goes wrong inside."""
+    ran = ", ".join(r.name for r in before) or "nothing"
+    try:
+        yield
+    except PassError as error:
+        raise PassError(f"pass {pass_.name} failed after {ran}: {error.message}") from error
+    except RyzenCompileError:
+        raise
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise PassError(f"pass {pass_.name} failed after {ran}: {type(error).__name__}: {error}") from error
 
 
 def _required_failure(pass_: Pass, result: PassResult, before: Sequence[PassRecord]) -> UnsupportedError:

@@ -93,8 +93,10 @@ class Report:
             for reason, n, site in r.reasons()
         ]
         title = f"# {self.spec.architecture}: {self.spec.parameters:,} parameters\n\n"
+        details = [f"- **{r.name}** {r.status}: {r.detail}" for r in self.records if r.detail]
+        undone = "\n\n## Undone, and why\n\n" + "\n".join(details) if details else ""
         left = "\n\n## Left alone, and why\n\n" + "\n".join(reasons) if reasons else ""
-        return title + "\n".join(rows) + left + "\n"
+        return title + "\n".join(rows) + undone + left + "\n"
 
     def to_html(self) -> str:
         """A page without scripts or links, so that it opens anywhere and can be attached to anything."""
@@ -104,9 +106,9 @@ class Report:
             cells = (r.name, r.status, len(r.hits), len(r.misses), f"{r.nodes_before} → {r.nodes_after}",
                      f"{r.seconds * 1e3:.0f}", error)  # fmt: skip
             rows.append("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")
-            for reason, n, site in r.reasons():
-                note = html.escape(f"{n} × {reason}  ({site.module or site.node})")
-                rows.append(f'<tr class="why"><td></td><td colspan="6">{note}</td></tr>')
+            notes = [f"{n} × {reason}  ({site.module or site.node})" for reason, n, site in r.reasons()]
+            why = [r.detail, *notes] if r.detail else notes
+            rows.extend(f'<tr class="why"><td></td><td colspan="6">{html.escape(note)}</td></tr>' for note in why)
         facts = {**self.provenance, **self.facts}
         listed = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
         return _PAGE.format(

@@ -145,6 +145,8 @@ def test_a_tokenizer_class_that_genai_refuses_is_generalised(
     )  # fmt: skip
     assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == written
     theirs = genai.Tokenizer(genai.Model(str(out)))
-    again = transformers.AutoTokenizer.from_pretrained(out)
     for text in TEXTS:
-        assert [int(one) for one in theirs.encode(text)] == again.encode(text) == tokenizer().encode(text)
+        assert [int(one) for one in theirs.encode(text)] == tokenizer().encode(text)
+    if written in ("TokenizersBackend", "PreTrainedTokenizerFast"):  # the others would build another tokenizer
+        again = transformers.AutoTokenizer.from_pretrained(out)
+        assert [again.encode(text) for text in TEXTS] == [tokenizer().encode(text) for text in TEXTS]

@@ -7,6 +7,7 @@ are shorter and longer than the window. Each relation holds on both backends.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,12 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=MODELS)
 def program(request: pytest.FixtureRequest) -> Program:
-    model = build(case_named(request.param, **MODELS[request.param]))
-    return rewrite(model, find_recipe("fp32", logits="all"), verify=False)[0]
+    return rewritten(request.param)
+
+
+@cache
+def rewritten(name: str) -> Program:
+    return rewrite(build(case_named(name, **MODELS[name])), find_recipe("fp32", logits="all"), verify=False)[0]
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "eager"])

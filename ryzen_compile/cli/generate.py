@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from ryzen_compile.cli import output
@@ -28,6 +27,8 @@ def generate(
     as_json: output.JsonFlag = False,
 ) -> None:
     """Continue PROMPT with the model in ARTIFACT; tokens appear as they are made."""
+    import numpy as np
+
     from ryzen_compile.api import load
     from ryzen_compile.errors import ArtifactError
     from ryzen_compile.runtime.generate import GenerationStats
@@ -52,22 +53,23 @@ def generate(
         printer = None if as_json else _Printer(tokenizer)
         given = {name: value for name, value in sampling.items() if value is not None}
         result = model.generate(ids, max_new_tokens=max_new_tokens, streamer=printer, stats=stats, **given)
-        new = result[0, ids.shape[1] :].tolist()
+        new = result[0, stats.prompt_tokens :].tolist()  # an empty prompt has become BOS
+        rate = stats.decode_tokens / stats.decode_seconds if stats.decode_tokens else None
         if as_json:
             output.print_json(
                 {
-                    "prompt_tokens": int(ids.shape[1]),
+                    "prompt_tokens": stats.prompt_tokens,
                     "new_tokens": len(new),
                     "text": tokenizer.decode(new, skip_special_tokens=True),
                     "ids": new,
                     "time_to_first_token_s": stats.time_to_first_token,
-                    "decode_tokens_per_s": stats.decode_tokens / stats.decode_seconds if stats.decode_seconds else None,
+                    "decode_tokens_per_s": rate,
                 }
             )
             return
-    rate = f"{stats.decode_tokens / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds else "one token"
+    first = f"first after {stats.time_to_first_token * 1e3:.0f} ms"
     output.stderr().print(
-        f"[{len(new)} tokens, first after {stats.time_to_first_token * 1e3:.0f} ms, {rate}]", markup=False
+        f"[1 token, {first}]" if rate is None else f"[{len(new)} tokens, {first}, {rate:.1f} tok/s]", markup=False
     )
 
 

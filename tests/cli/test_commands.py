@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pytest
 
 import ryzen_compile
 from ryzen_compile import cli
-from ryzen_compile.api import export
 from ryzen_compile.config import RECIPES, Recipe
 from ryzen_compile.manifest import read_manifest
 from ryzen_compile.pipeline import default_passes
@@ -76,15 +76,15 @@ def test_export_writes_an_artifact_and_tells_how(run: Any, model: Path, artifact
     assert expected(tmp_path / "out", PROMPT, 17) == expected(artifact, PROMPT, 17)
 
 
-def test_export_as_json_replaces_with_force(run: Any, model: Path, tmp_path: Path) -> None:
-    export(model, tmp_path / "out", verify=False, context=32)
-    out, err = run("export", model, tmp_path / "out", "--force", "--no-verify", "--json")
+def test_export_as_json_replaces_with_force(run: Any, model: Path, artifact: Path, tmp_path: Path) -> None:
+    shutil.copytree(artifact, tmp_path / "out")
+    out, err = run("export", model, tmp_path / "out", "--force", "--no-verify", "--json", "--context", 32)
     found = json.loads(out)
     assert err == ""
     assert found["artifact"] == str(tmp_path / "out")
     assert [record["name"] for record in found["report"]["records"]] == PASSES
     assert all(record["max_error"] is None for record in found["report"]["records"])
-    assert read_manifest(tmp_path / "out")["recipe"]["context"] is None
+    assert read_manifest(tmp_path / "out")["recipe"]["context"] == 32
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -116,12 +116,14 @@ def test_generate_as_json(run: Any, artifact: Path) -> None:
     assert found["time_to_first_token_s"] > 0 and found["decode_tokens_per_s"] > 0
     one, _ = run("generate", artifact, PROMPT, "-n", 1, "--json")
     assert json.loads(one)["decode_tokens_per_s"] is None
+    assert re.fullmatch(r"\[1 token, first after \d+ ms\]\n", run("generate", artifact, PROMPT, "-n", 1)[1])
 
 
 def test_an_empty_prompt_starts_from_bos(run: Any, artifact: Path) -> None:
     out, _ = run("generate", artifact, "", "-n", 5, "--json")
     with ryzen_compile.load(artifact) as model:
         assert json.loads(out)["ids"] == model.generate([[1]], max_new_tokens=5)[0, 1:].tolist()
+    assert (json.loads(out)["prompt_tokens"], json.loads(out)["new_tokens"]) == (1, 5)
 
 
 def test_generate_stops_at_a_string(run: Any, artifact: Path) -> None:
@@ -162,11 +164,11 @@ def test_bench_compares_engines_in_one_table(run: Any, model: Path) -> None:
     assert cells[0][1:-1] == ["model", "size", "params", "backend", "threads", "test", "t/s"]
     rows = [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
     assert sorted((row["backend"], row["test"]) for row in rows) == [
-        ("hf", "pp5"), ("hf", "tg3"), ("onnxruntime", "pp5"), ("onnxruntime", "tg3"),
+        ("huggingface", "pp5"), ("huggingface", "tg3"), ("onnxruntime", "pp5"), ("onnxruntime", "tg3"),
     ]  # fmt: skip
     assert all(re.fullmatch(r"[\d.]+ ± [\d.]+", row["t/s"]) for row in rows)
     assert {row["threads"] for row in rows} == {"1"}
-    assert re.search(r"^tg3: onnxruntime is [\d.]+ x hf$", out, re.MULTILINE)
+    assert re.search(r"^tg3: onnxruntime is [\d.]+ x huggingface$", out, re.MULTILINE)
     assert re.search(r"^onnxruntime: pp5: first token after \d+ ms", out, re.MULTILINE)
     assert re.search(r"GB/s, \d+ % of a plain read \([\d.]+ GB/s\)$", out, re.MULTILINE)
     assert re.search(r"^peak memory of this process: [\d.]+ GiB$", out, re.MULTILINE)

@@ -246,9 +246,9 @@ NEAR_MISSES: dict[str, tuple[Function, int, str]] = {
         r"a score of 8.0 becomes 1: neither scaled nor soft-capped|a score of .* becomes .*: neither"),
     "two_products": (
         lambda x, q, k, v: softmax(scores(q, k) + scores(k, q), v), HEADS, "do not come from one matrix product"),
-    "not_transposed": (
-        lambda x, q, k, v: softmax(q.transpose(-1, -2) @ q, v.transpose(-1, -2)).transpose(-1, -2), HEADS,
-        r"the keys of a \(\w+, 4, 4, \w+\) query are not transposed by a permute"),
+    "scaled_behind_the_transpose": (
+        lambda x, q, k, v: softmax(q @ (k.transpose(-1, -2) * 1.5), v), HEADS,
+        r"the keys of a \(\w+, 4, \w+, 4\) query are not transposed by a permute"),
     "nothing_repeated": (
         lambda x, q, k, v: ops.attention(q, k, v, None, 0.4, 3, 2.0, True).transpose(1, 2), KV,
         "already one node, keys and values are not repeated"),

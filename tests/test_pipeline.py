@@ -1,0 +1,319 @@
+"""The loop: passes run in order, under the law and the gate; each way in which one can fail is told apart and named."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import fx, nn
+
+from ryzen_compile.capture import capture
+from ryzen_compile.config import Recipe
+from ryzen_compile.edit import Edit
+from ryzen_compile.errors import ParityError, PassError, UnsupportedError
+from ryzen_compile.passes.base import NoMatch, Pass, PassResult, RewritePass, Site
+from ryzen_compile.passes.bind_positions import BindPositions
+from ryzen_compile.passes.canonicalize import Canonicalize
+from ryzen_compile.passes.eliminate_dead import EliminateDead
+from ryzen_compile.passes.fuse_add_norm import FuseAddNorm
+from ryzen_compile.passes.fuse_norm import FuseNorm
+from ryzen_compile.passes.insert_kv_cache import InsertKVCache
+from ryzen_compile.pipeline import default_passes, run_passes
+from ryzen_compile.program import Program, is_call, module_path
+from ryzen_compile.report import PassRecord
+from ryzen_compile.validate.parity import ParityGate, full_logits
+from ryzen_compile.verify import verify
+from tests.passes.graphs import Graph
+from tests.zoo import NanoDecoder, randomize
+
+aten = torch.ops.aten
+IDS = torch.randint(99, (2, 11), generator=torch.Generator().manual_seed(5))
+ALL = frozenset({"ryzen::layer_norm", "ryzen::rms_norm", "ryzen::add_layer_norm", "ryzen::add_rms_norm"})
+
+
+@pytest.fixture(scope="module")
+def nano() -> Program:
+    torch.manual_seed(0)
+    model = NanoDecoder(width=32, heads=2).eval()
+    randomize(model)
+    return capture(model)
+
+
+@pytest.fixture(scope="module")
+def gate(nano: Program) -> ParityGate:
+    return ParityGate(nano)
+
+
+class Rewrite(RewritePass[fx.Node]):
+    """What a test does to the product of ``blocks.1.down``."""
+
+    name = "rewrite"
+    anchors = (aten.linear,)
+
+    def match(self, node: fx.Node, program: Program) -> fx.Node | NoMatch | None:
+        if module_path(node) != "blocks.1.down":
+            return None
+        done = any(reader.meta.get("rewritten_by") == self.name for reader in node.users)
+        return NoMatch("already rewritten", node) if done else node
+
+    def rewrite(self, edit: Edit, m: fx.Node) -> None:
+        readers = list(m.users)
+        new = self.instead(edit, m, readers[0])
+        for reader in readers:
+            edit.swap_argument(reader, m, new)
+
+    def instead(self, edit: Edit, m: fx.Node, before: fx.Node) -> fx.Node:
+        return edit.call(aten.mul.Tensor, m, self.factor, before=before, like=m)
+
+    factor = 1.0
+
+
+class Harmless(Rewrite):
+    name = "harmless"
+
+
+class Wrong(Rewrite):
+    name, factor = "wrong", 1.01
+
+
+class Required(Wrong):
+    name, required = "must", True
+
+
+class Infinite(Rewrite):
+    name, factor = "infinite", float("inf")
+
+
+class Late(Pass):
+    """Reads the table of positions one place on."""
+
+    name = "late"
+
+    def run(self, program: Program) -> PassResult:
+        edit = Edit(program, self.name)
+        positions = edit.program.input("position_ids")
+        rows = next(n for n in positions.users if is_call(n, aten.embedding))
+        later = edit.call(aten.add.Tensor, positions, 1, before=rows)
+        edit.swap_argument(rows, positions, later)
+        return PassResult(edit.finish(), (Site(rows.name, "wpe"),))
+
+
+class Failing(Pass):
+    name = "failing"
+
+    def run(self, program: Program) -> PassResult:
+        raise KeyError("a_missing_thing")
+
+
+class Lawless(Rewrite):
+    name = "lawless"
+
+    def run(self, program: Program) -> PassResult:
+        result = super().run(program)
+        del next(n for n in result.program.graph.nodes if is_call(n, aten.mul) and n.args[1] == 1.0).meta["val"]
+        return result
+
+
+class Stuck(Rewrite):
+    """Metadata that agree, in a graph that cannot run."""
+
+    name = "stuck"
+
+    def instead(self, edit: Edit, m: fx.Node, before: fx.Node) -> fx.Node:
+        new = edit.call(aten.reshape.default, m, [3, -1], before=before)
+        new.meta["val"] = m.meta["val"]
+        return new
+
+
+class Fancy(Wrong):
+    name, produces = "fancy", frozenset({"ryzen::fancy"})
+
+
+def statuses(records: tuple[PassRecord, ...]) -> dict[str, str]:
+    return {record.name: record.status for record in records}
+
+
+def test_a_wrong_pass_is_rolled_back_and_the_layer_named(nano: Program, gate: ParityGate) -> None:
+    seen: list[PassRecord] = []
+    program, report = run_passes(
+        nano, (Canonicalize(), Wrong(), Harmless(), FuseNorm()), gate=gate, strict=True, progress=seen.append
+    )
+    assert statuses(report.records) == {
+        "canonicalize": "applied",
+        "wrong": "rolled back",
+        "harmless": "applied",  # a failure does not end the run
+        "fuse_norm": "applied",
+    }
+    assert tuple(seen) == report.records
+    record = report.records[1]
+    assert re.fullmatch(
+        r"logits moved by \d\.\d+e[+-]\d+ \(rmse .*, reference .*\), first in blocks\.1 \(add\w*\)", record.detail
+    )
+    assert record.hits == () and record.nodes_before == record.nodes_after
+    assert record.rmse > 2 * gate.reference_rmse and record.max_error > 1e-3
+    assert not [n for n in program.graph.nodes if n.meta.get("rewritten_by") == "wrong"]
+    verify(program)
+    torch.testing.assert_close(full_logits(program, IDS), full_logits(nano, IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_without_the_wrong_pass_the_logits_are_the_captured_ones(nano: Program, gate: ParityGate) -> None:
+    program, report = run_passes(nano, (Wrong(), Infinite()), gate=gate, strict=True)
+    assert set(statuses(report.records).values()) == {"rolled back"}
+    assert program is nano
+    torch.testing.assert_close(full_logits(program, IDS), full_logits(nano, IDS), rtol=0, atol=0)
+    unguarded, report = run_passes(nano, (Wrong(),))
+    assert report.records[0].status == "applied" and report.reference_rmse is None
+    assert report.records[0].rmse is None and report.records[0].max_error is None
+    assert float((full_logits(unguarded, IDS) - full_logits(nano, IDS)).abs().max()) > 1e-3
+
+
+def test_shifted_positions_are_rolled_back(nano: Program, gate: ParityGate) -> None:
+    program, report = run_passes(nano, (Canonicalize(), BindPositions(), Late()), gate=gate)
+    assert statuses(report.records)["bind_positions"] == "applied"
+    assert statuses(report.records)["late"] == "rolled back"
+    assert re.search(r"first in (wpe|the model) \(\w+\)$", report.records[2].detail), report.records[2].detail
+    assert "late" not in {n.meta.get("rewritten_by") for n in program.graph.nodes}
+
+
+def test_exact_passes_pass_the_gate(nano: Program, gate: ParityGate) -> None:
+    recipe = Recipe()
+    program, report = run_passes(nano, default_passes(recipe), gate=gate, strict=True)
+    assert not {"rolled back", "unsupported"} & set(statuses(report.records).values())
+    assert all(r.rmse <= 2 * gate.reference_rmse + 1e-4 for r in report.records if r.rmse is not None)
+    assert report.hits()["insert_kv_cache"] == 2 and len(program.slots) == 2
+    assert report.captured_ops["aten.linear"] == 9 and report.reference_rmse == gate.reference_rmse
+    assert report.records[-1].ops["ryzen.cached_attention"] == 2
+    assert (report.spec, dict(report.provenance)) == (nano.spec, dict(nano.provenance))
+    for earlier, later in zip(report.records, report.records[1:], strict=False):
+        assert later.nodes_before == earlier.nodes_after
+
+
+def test_the_order_of_a_recipe() -> None:
+    last = [p.name for p in default_passes(Recipe(logits="last"))]
+    every = [p.name for p in default_passes(Recipe(logits="all"))]
+    assert last[0] == "canonicalize" and last[-3:] == ["insert_kv_cache", "prune_logits", "eliminate_dead"]
+    assert every == [name for name in last if name != "prune_logits"]
+    assert len(set(last)) == len(last)
+
+
+def test_a_required_pass_that_is_wrong_ends_the_run(nano: Program, gate: ParityGate) -> None:
+    with pytest.raises(ParityError, match=r"^pass must: logits moved by .*, first in blocks\.1 \(add\w*\)") as caught:
+        run_passes(nano, (Canonicalize(), Required(), FuseNorm()), gate=gate)
+    assert caught.value.hint and caught.value.exit_code == 7
+
+
+class WrongCache(InsertKVCache):
+    """Rows of the cache read one place off."""
+
+    def run(self, program: Program) -> PassResult:
+        result = super().run(program)
+        edit = Edit(result.program, self.name)
+        lengths = next(n for n in edit.graph.nodes if is_call(n, aten.sum) and n.args[0].name == "attention_mask")
+        readers = list(lengths.users)
+        off = edit.call(aten.add.Tensor, lengths, 1, before=readers[0])
+        for reader in readers:
+            edit.swap_argument(reader, lengths, off)
+        return PassResult(edit.finish(), result.hits)
+
+
+def test_a_cache_that_is_off_by_one_is_seen(nano: Program, gate: ParityGate) -> None:
+    passes = [WrongCache() if p.name == "insert_kv_cache" else p for p in default_passes(Recipe())]
+    with pytest.raises(ParityError, match=r"^pass insert_kv_cache: .*first in the cache or a later layer"):
+        run_passes(nano, passes, gate=gate)
+
+
+def test_a_pass_that_raises_is_named_with_those_before_it(nano: Program) -> None:
+    with pytest.raises(
+        PassError, match=r"^pass failing failed after canonicalize, harmless: KeyError: 'a_missing_thing'$"
+    ) as caught:
+        run_passes(nano, (Canonicalize(), Harmless(), Failing()))
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(PassError, match="^pass failing failed after nothing: "):
+        run_passes(nano, (Failing(),))
+
+
+def test_strict_checks_the_law_after_every_pass(nano: Program) -> None:
+    with pytest.raises(PassError, match=r"^pass lawless failed after canonicalize: .*mul\w* has no meta\['val'\]"):
+        run_passes(nano, (Canonicalize(), Lawless(), EliminateDead()), strict=True)
+    with pytest.raises(PassError, match=r"^the graph breaks the IR's law: .*mul\w* has no meta\['val'\]"):
+        run_passes(nano, (Canonicalize(), Lawless()))  # the law holds at both ends in any case
+
+
+def test_the_law_holds_at_the_start(nano: Program) -> None:
+    program = nano.copy()
+    del next(n for n in program.graph.nodes if is_call(n, aten.linear)).meta["val"]
+    with pytest.raises(PassError, match="linear has no meta"):
+        run_passes(program, ())
+
+
+def test_a_graph_that_cannot_run_is_the_pass_s_fault(nano: Program, gate: ParityGate) -> None:
+    with pytest.raises(PassError, match="^pass stuck failed after nothing: RuntimeError: "):
+        run_passes(nano, (Stuck(),), gate=gate, strict=True)
+
+
+def test_a_pass_that_the_backend_cannot_carry_is_not_run(nano: Program, gate: ParityGate) -> None:
+    program, report = run_passes(nano, (Fancy(), FuseNorm(), FuseAddNorm()), supported_ops=ALL, gate=gate)
+    assert statuses(report.records) == {"fancy": "unsupported", "fuse_norm": "applied", "fuse_add_norm": "applied"}
+    assert report.records[0].hits == () and report.records[0].seconds == 0.0
+    assert not [n for n in program.graph.nodes if n.meta.get("rewritten_by") == "fancy"]
+    some = ALL - {"ryzen::add_layer_norm"}
+    _, report = run_passes(nano, (FuseNorm(), FuseAddNorm()), supported_ops=some)
+    assert statuses(report.records) == {"fuse_norm": "applied", "fuse_add_norm": "unsupported"}
+
+
+class Scan(nn.Module):
+    """A decoder that could have a cache, but for a scan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = NanoDecoder(width=32, heads=2, layers=1)
+        self.block_size = self.inner.block_size
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(input_ids).cumsum(1)
+
+
+class Biased(nn.Module):
+    def __init__(self, attends: bool = True) -> None:
+        super().__init__()
+        self.block_size, self.attends = 31, attends
+        self.table, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(input_ids)[:, None]
+        if self.attends:
+            at = torch.arange(x.shape[2])
+            bias = -(at[:, None] - at).abs().float()
+            x = nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=bias)
+        return self.head(x[:, 0])
+
+
+def test_a_required_pass_with_misses_names_node_and_module() -> None:
+    with pytest.raises(
+        UnsupportedError,
+        match=r"^insert_kv_cache cannot rewrite node cumsum in the model: mixes tokens outside an attention",
+    ) as caught:
+        run_passes(capture(Scan()), default_passes(Recipe()))
+    assert caught.value.hint == "1 such place(s), and insert_kv_cache needs every one"
+
+
+def test_a_required_pass_with_nothing_to_do_names_what_it_builds_on() -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"^(insert_kv_cache|fuse_attention) cannot rewrite node scaled_dot\w+ in"
+    ):
+        run_passes(capture(Biased()), default_passes(Recipe()))
+    with pytest.raises(
+        UnsupportedError, match="insert_kv_cache found nothing to rewrite: the graph holds no attention"
+    ):
+        run_passes(capture(Biased(attends=False)), default_passes(Recipe()))
+
+
+def test_nothing_to_do_is_unchanged(nano: Program, gate: ParityGate) -> None:
+    program, report = run_passes(nano, (), gate=gate)
+    assert program is nano and report.records == ()
+    once, _ = run_passes(nano, (Canonicalize(), Harmless()))
+    again, report = run_passes(once, (Harmless(),), gate=gate)
+    assert again is once and statuses(report.records) == {"harmless": "unchanged"}
+    assert report.records[0].misses[0].note == "already rewritten" and report.records[0].rmse is None
+    assert torch.equal(Graph(again)(IDS, torch.arange(11).repeat(2, 1)), full_logits(once, IDS))

@@ -1,0 +1,183 @@
+"""The gate tells rewrites from rounding: what is exact passes, what is wrong by a little does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from ryzen_compile.capture import capture
+from ryzen_compile.config import Recipe
+from ryzen_compile.edit import Edit
+from ryzen_compile.pipeline import default_passes
+from ryzen_compile.program import Program, is_call
+from ryzen_compile.validate.parity import CHUNKS, TOKENS, ParityGate, full_logits, logits_of
+from tests.zoo import NanoDecoder, randomize
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(scope="module")
+def model() -> NanoDecoder:
+    torch.manual_seed(0)
+    decoder = NanoDecoder(width=32, heads=2).eval()
+    randomize(decoder)
+    return decoder
+
+
+@pytest.fixture(scope="module")
+def plain(model: NanoDecoder) -> Program:
+    return capture(model)
+
+
+@pytest.fixture(scope="module")
+def gate(plain: Program) -> ParityGate:
+    return ParityGate(plain)
+
+
+@pytest.fixture(scope="module")
+def cached(plain: Program) -> dict[str, Program]:
+    """The Program after the whole order, with logits of every token and of the last."""
+    done = {}
+    for logits in ("all", "last"):
+        program = plain
+        for step in default_passes(Recipe(logits=logits)):
+            program = step.run(program).program
+        done[logits] = program
+    return done
+
+
+def linears(program: Program) -> list[fx.Node]:
+    return [n for n in program.graph.nodes if is_call(n, aten.linear)]
+
+
+def changed(program: Program, node: Callable[[Program], fx.Node], make: Callable[[Edit, fx.Node], fx.Node]) -> Program:
+    """``program`` with every reader of ``node`` reading what ``make`` makes of it."""
+    edit = Edit(program, "test")
+    old = node(edit.program)
+    readers = list(old.users)
+    new = make(edit, old)
+    for reader in readers:
+        edit.swap_argument(reader, old, new)
+    return edit.finish()
+
+
+def after(node: fx.Node) -> fx.Node:
+    return node.next
+
+
+def scaled(factor: float) -> Callable[[Edit, fx.Node], fx.Node]:
+    return lambda edit, n: edit.call(aten.mul.Tensor, n, factor, before=after(n), like=n)
+
+
+def test_the_captured_program_is_within(plain: Program, gate: ParityGate) -> None:
+    rmse, largest, within = gate.measure(plain)
+    assert within and largest == 0.0
+    assert rmse == gate.reference_rmse > 0
+    assert ParityGate(plain).reference_rmse == gate.reference_rmse  # the probes are seeded
+    assert ParityGate(plain, seed=1).reference_rmse != gate.reference_rmse
+
+
+def test_double_is_the_model_in_double(model: NanoDecoder, plain: Program) -> None:
+    ids = torch.randint(99, (2, 7))
+    want = model.double()(ids).detach()
+    model.float()
+    torch.testing.assert_close(full_logits(plain, ids, double=True), want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(full_logits(plain, ids), model(ids).detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("logits", ["all", "last"])
+def test_the_finished_program_is_within_through_its_cache(
+    cached: dict[str, Program], plain: Program, gate: ParityGate, logits: str
+) -> None:
+    program = cached[logits]
+    rmse, largest, within = gate.measure(program)
+    assert within and 0 < largest < 1e-3 and rmse < 1e-4
+    ids = torch.randint(99, (2, TOKENS))
+    got, rows = logits_of(program, ids)
+    ends = [sum(CHUNKS[: i + 1]) - 1 for i in range(len(CHUNKS))]
+    assert rows == (list(range(TOKENS)) if logits == "all" else ends)
+    torch.testing.assert_close(got, full_logits(plain, ids)[:, rows], rtol=1e-3, atol=1e-3)
+
+
+def test_the_chunks_cover_the_probe() -> None:
+    assert sum(CHUNKS) == TOKENS and CHUNKS[-1] == 1 and max(CHUNKS) > CHUNKS[0] > 1
+
+
+def test_an_exact_rewrite_is_within(plain: Program, gate: ParityGate) -> None:
+    twice = changed(changed(plain, lambda p: linears(p)[3], scaled(2.0)), lambda p: mul(p, 2.0), scaled(0.5))
+    assert gate.measure(twice) == gate.measure(plain)
+    other = changed(changed(plain, lambda p: linears(p)[3], scaled(3.0)), lambda p: mul(p, 3.0), scaled(1 / 3))
+    rmse, _, within = gate.measure(other)
+    assert within and rmse != gate.reference_rmse  # another rounding, no more
+
+
+def mul(program: Program, factor: float) -> fx.Node:
+    return next(n for n in program.graph.nodes if is_call(n, aten.mul) and n.args[1] == factor)
+
+
+@pytest.mark.parametrize("factor", [1.01, 1 - 1e-3, 1 + 1e-4, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [0, 3, 8])
+def test_a_scale_that_is_off_is_out(plain: Program, gate: ParityGate, factor: float, at: int) -> None:
+    rmse, largest, within = gate.measure(changed(plain, lambda p: linears(p)[at], scaled(factor)))
+    assert not within
+    assert not (largest < 1e-5 or rmse < 1e-5)
+
+
+def half(edit: Edit, n: fx.Node) -> fx.Node:
+    return edit.call(aten.round.decimals, n, before=after(n), like=n)
+
+
+def test_rounding_to_less_is_out(plain: Program, gate: ParityGate) -> None:
+    assert not gate.measure(changed(plain, lambda p: linears(p)[2], half))[2]
+
+
+WRONG_CACHES: dict[str, tuple[object, Callable[[Edit, fx.Node], fx.Node]]] = {
+    "lengths one more": (aten.sum, lambda edit, n: edit.call(aten.add.Tensor, n, 1, before=after(n))),
+    "last rows first": (aten.embedding, lambda edit, n: edit.call(aten.roll.default, n, [1], [1], before=after(n))),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CACHES)
+@pytest.mark.parametrize("logits", ["all", "last"])
+def test_a_wrong_cache_is_out(cached: dict[str, Program], gate: ParityGate, name: str, logits: str) -> None:
+    op, make = WRONG_CACHES[name]
+    program = changed(cached[logits], lambda p: next(n for n in p.graph.nodes if is_call(n, op)), make)
+    assert not gate.measure(program)[2]
+
+
+@pytest.mark.parametrize(("position", "value"), [(11, 16), (12, 1e-3), (10, 1.01)])  # window, soft cap, scale
+def test_a_wrong_option_of_a_cached_attention_is_out(
+    cached: dict[str, Program], gate: ParityGate, position: int, value: float
+) -> None:
+    edit = Edit(cached["last"], "test")
+    node = next(n for n in edit.graph.nodes if is_call(n, torch.ops.ryzen.cached_attention))
+    args = list(node.args)
+    args[position] = value if position != 10 else args[position] * value
+    node.args = tuple(args)
+    assert not gate.measure(edit.finish())[2]
+
+
+def test_the_first_module_that_moved_is_named(plain: Program, gate: ParityGate) -> None:
+    for at, where in ((2, "blocks.0 ("), (3, "blocks.0 ("), (6, "blocks.1 ("), (7, "blocks.1 (")):
+        moved = gate.moved(plain, changed(plain, lambda p, at=at: linears(p)[at], scaled(1.01)))
+        assert moved.startswith(where) or moved.startswith(where.replace(" (", ".")), (at, moved)
+    assert gate.moved(plain, changed(plain, lambda p: linears(p)[8], scaled(1.01))) == "the output"
+    assert gate.moved(plain, plain.copy()) == "the output"
+
+
+def test_behind_a_cache_the_place_is_not_known(plain: Program, cached: dict[str, Program], gate: ParityGate) -> None:
+    assert gate.moved(plain, cached["all"]) == "the cache or a later layer"
+
+
+def test_a_short_context_shortens_the_probe(model: NanoDecoder) -> None:
+    program = capture(model, context=9)
+    gate = ParityGate(program)
+    assert gate.measure(program)[2]
+    for step in default_passes(Recipe()):
+        program = step.run(program).program
+    assert gate.measure(program)[2]
+    got, rows = logits_of(program, torch.zeros((1, 9), dtype=torch.long))
+    assert rows == [4, 8] and isinstance(got, Tensor) and got.shape == (1, 2, 99)
