@@ -192,6 +192,18 @@ def test_an_unknown_context_is_asked_for(size: object) -> None:
     assert "context=N" in caught.value.hint
 
 
+def test_a_context_longer_than_the_model_is_refused() -> None:
+    model = Plain()
+    model.block_size = 31
+    with pytest.raises(ConfigError, match=r"context 32 exceeds the 31 positions of Plain \(block_size\)"):
+        capture(model, context=32)
+
+
+def test_half_precision_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match=r"parameter table\.weight is torch\.bfloat16, expected torch\.float32"):
+        capture(Plain().bfloat16(), context=31)
+
+
 def test_what_cannot_be_traced_says_so_in_one_line() -> None:
     model = Plain(lambda x: x if x.sum() > 0 else -x).train()
     with pytest.raises(CaptureError, match=r"^torch\.export could not trace Plain: \S.*") as caught:

@@ -184,7 +184,8 @@ def test_exact_passes_pass_the_gate(nano: Program, gate: ParityGate) -> None:
     assert report.hits()["insert_kv_cache"] == 2 and len(program.slots) == 2
     assert report.captured_ops["aten.linear"] == 9 and report.reference_rmse == gate.reference_rmse
     assert report.records[-1].ops["ryzen.cached_attention"] == 2
-    assert (report.spec, dict(report.provenance)) == (nano.spec, dict(nano.provenance))
+    assert report.spec is program.spec and dict(report.provenance) == dict(nano.provenance)
+    assert (program.spec.layers, program.spec.heads, program.spec.head_dim) == (2, 2, 16)
     for earlier, later in zip(report.records, report.records[1:], strict=False):
         assert later.nodes_before == earlier.nodes_after
 
@@ -229,7 +230,7 @@ def test_a_pass_that_raises_is_named_with_those_before_it(nano: Program) -> None
     ) as caught:
         run_passes(nano, (Canonicalize(), Harmless(), Failing()))
     assert isinstance(caught.value.__cause__, KeyError)
-    with pytest.raises(PassError, match="^pass failing failed after nothing: "):
+    with pytest.raises(PassError, match=r"^pass failing failed after nothing: "):
         run_passes(nano, (Failing(),))
 
 
@@ -248,7 +249,7 @@ def test_the_law_holds_at_the_start(nano: Program) -> None:
 
 
 def test_a_graph_that_cannot_run_is_the_pass_s_fault(nano: Program, gate: ParityGate) -> None:
-    with pytest.raises(PassError, match="^pass stuck failed after nothing: RuntimeError: "):
+    with pytest.raises(PassError, match=r"^pass stuck failed after nothing: RuntimeError: "):
         run_passes(nano, (Stuck(),), gate=gate, strict=True)
 
 
@@ -299,13 +300,9 @@ def test_a_required_pass_with_misses_names_node_and_module() -> None:
 
 
 def test_a_required_pass_with_nothing_to_do_names_what_it_builds_on() -> None:
-    with pytest.raises(
-        UnsupportedError, match=r"^(insert_kv_cache|fuse_attention) cannot rewrite node scaled_dot\w+ in"
-    ):
+    with pytest.raises(UnsupportedError, match=r"^fuse_attention cannot rewrite node neg in the model: the mask adds"):
         run_passes(capture(Biased()), default_passes(Recipe()))
-    with pytest.raises(
-        UnsupportedError, match="insert_kv_cache found nothing to rewrite: the graph holds no attention"
-    ):
+    with pytest.raises(UnsupportedError, match=r"^insert_kv_cache found nothing to rewrite: the graph holds no atten"):
         run_passes(capture(Biased(attends=False)), default_passes(Recipe()))
 
 

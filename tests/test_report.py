@@ -19,8 +19,9 @@ MISSES = (
     Site("mul_9", "model.layers.1.mlp", "one reason"),
 )
 DETAIL = "logits moved by 1.00e-01 (rmse 2.00e-02), first in model.layers.1.mlp (add_5)"
+HITS = (Site("a", "m"),) * 3
 RECORDS = (
-    PassRecord("canonicalize", "exact", "applied", (Site("a", "m"),) * 3, (), 40, 31, {"aten.add": 2}, 0.0124, 1.5e-7, 1e-8),
+    PassRecord("canonicalize", "exact", "applied", HITS, (), 40, 31, {"aten.add": 2}, 0.0124, 1.5e-7, 1e-8),
     PassRecord("fuse_norm", "exact", "unchanged", (), MISSES, 31, 31, {"aten.add": 2}, 0.5),
     PassRecord("wrong", "exact", "rolled back", (), (), 31, 31, {"aten.add": 2}, 1.0, 0.1, 0.02, DETAIL),
     PassRecord("fancy", "exact", "unsupported", (), (), 31, 31, {"aten.mul": 1, "aten.add": 2}, 0.0),

@@ -72,13 +72,14 @@ def check_capture(model: nn.Module, program: Program) -> None:
     option that it does not know of, say. Both run in float32; the budget is the gate's floor a hundred times over.
     """
     ids = _probe_ids(program, seed=1)
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]  # parts may be frozen in another mode
     model.eval()
     try:
         with torch.no_grad():
             result = model(ids)
     finally:
-        model.train(training)
+        for module, flag in training:
+            module.training = flag
     logits = getattr(result, "logits", result)
     expected = logits[0] if isinstance(logits, tuple) else logits
     allowed = 100 * FLOOR * max(1.0, float(expected.square().mean().sqrt()))

@@ -11,9 +11,10 @@ from torch import Tensor, fx
 from ryzen_compile.capture import capture
 from ryzen_compile.config import Recipe
 from ryzen_compile.edit import Edit
+from ryzen_compile.errors import CaptureError
 from ryzen_compile.pipeline import default_passes
 from ryzen_compile.program import Program, is_call
-from ryzen_compile.validate.parity import CHUNKS, TOKENS, ParityGate, full_logits, logits_of
+from ryzen_compile.validate.parity import CHUNKS, TOKENS, ParityGate, check_capture, full_logits, logits_of
 from tests.zoo import NanoDecoder, randomize
 
 aten = torch.ops.aten
@@ -97,13 +98,13 @@ def test_the_finished_program_is_within_through_its_cache(
     assert within and 0 < largest < 1e-3 and rmse < 1e-4
     ids = torch.randint(99, (2, TOKENS))
     got, rows = logits_of(program, ids)
-    ends = [sum(CHUNKS[: i + 1]) - 1 for i in range(len(CHUNKS))]
+    ends = [*(sum(CHUNKS[: i + 1]) - 1 for i in range(len(CHUNKS))), TOKENS - 1]
     assert rows == (list(range(TOKENS)) if logits == "all" else ends)
     torch.testing.assert_close(got, full_logits(plain, ids)[:, rows], rtol=1e-3, atol=1e-3)
 
 
-def test_the_chunks_cover_the_probe() -> None:
-    assert sum(CHUNKS) == TOKENS and CHUNKS[-1] == 1 and max(CHUNKS) > CHUNKS[0] > 1
+def test_the_chunks_are_a_prompt_a_longer_chunk_and_single_tokens() -> None:
+    assert sum(CHUNKS) < TOKENS and CHUNKS[-2:] == (1, 1) and max(CHUNKS) > CHUNKS[0] > 1
 
 
 def test_an_exact_rewrite_is_within(plain: Program, gate: ParityGate) -> None:
@@ -126,12 +127,13 @@ def test_a_scale_that_is_off_is_out(plain: Program, gate: ParityGate, factor: fl
     assert not (largest < 1e-5 or rmse < 1e-5)
 
 
-def half(edit: Edit, n: fx.Node) -> fx.Node:
-    return edit.call(aten.round.decimals, n, before=after(n), like=n)
-
-
 def test_rounding_to_less_is_out(plain: Program, gate: ParityGate) -> None:
-    assert not gate.measure(changed(plain, lambda p: linears(p)[2], half))[2]
+    coarse = changed(plain, lambda p: linears(p)[2], scaled(1000.0))
+    coarse = changed(
+        coarse, lambda p: mul(p, 1000.0), lambda edit, n: edit.call(aten.round.default, n, before=after(n))
+    )
+    rounded = lambda p: next(n for n in p.graph.nodes if is_call(n, aten.round))
+    assert not gate.measure(changed(coarse, rounded, scaled(0.001)))[2]
 
 
 WRONG_CACHES: dict[str, tuple[object, Callable[[Edit, fx.Node], fx.Node]]] = {
@@ -163,7 +165,7 @@ def test_a_wrong_option_of_a_cached_attention_is_out(
 def test_the_first_module_that_moved_is_named(plain: Program, gate: ParityGate) -> None:
     for at, where in ((2, "blocks.0 ("), (3, "blocks.0 ("), (6, "blocks.1 ("), (7, "blocks.1 (")):
         moved = gate.moved(plain, changed(plain, lambda p, at=at: linears(p)[at], scaled(1.01)))
-        assert moved.startswith(where) or moved.startswith(where.replace(" (", ".")), (at, moved)
+        assert moved.startswith((where, where.replace(" (", "."))), (at, moved)
     assert gate.moved(plain, changed(plain, lambda p: linears(p)[8], scaled(1.01))) == "the output"
     assert gate.moved(plain, plain.copy()) == "the output"
 
@@ -181,3 +183,15 @@ def test_a_short_context_shortens_the_probe(model: NanoDecoder) -> None:
     assert gate.measure(program)[2]
     got, rows = logits_of(program, torch.zeros((1, 9), dtype=torch.long))
     assert rows == [4, 8] and isinstance(got, Tensor) and got.shape == (1, 2, 99)
+
+
+def test_the_captured_graph_is_held_to_the_model(model: NanoDecoder, plain: Program) -> None:
+    model.train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    check_capture(model, plain)
+    wrong = changed(plain, lambda p: linears(p)[3], scaled(1.1))
+    with pytest.raises(CaptureError, match=r"^the captured graph is not the model NanoDecoder: their logits are "):
+        check_capture(model, wrong)
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
