@@ -33,23 +33,22 @@ class Options:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, o: Options) -> Tensor:
-    """(B, H, T, D) -> (B, T, H, D'), one query, one head, one key at a time."""
+    """(B, H, T, D) -> (B, T, H, D'), one query of one head after another."""
     batch, heads, tokens, _ = q.shape
     q, k, v = q.double(), k.double(), v.double()
     out = torch.zeros(batch, tokens, heads, v.shape[3], dtype=torch.float64)
     for b in range(batch):
         for h in range(heads):
             kv = h // (heads // k.shape[1])
+            products = torch.einsum("td,sd->ts", q[b, h], k[b, kv]).tolist()
+            sink = math.exp(float(sinks[h])) if sinks is not None else 0.0
             for t in range(tokens):
                 last = min(t + o.shift, tokens - 1) if o.causal else tokens - 1
                 first = max(t + o.shift - o.window + 1, 0) if o.window else 0
-                weights = {}
-                for s in range(first, last + 1):
-                    score = o.scale * float(q[b, h, t] @ k[b, kv, s])
-                    weights[s] = math.exp(o.softcap * math.tanh(score / o.softcap) if o.softcap else score)
-                total = sum(weights.values()) + (math.exp(float(sinks[h])) if sinks is not None else 0.0)
-                for s, weight in weights.items():
-                    out[b, t, h] += weight / total * v[b, kv, s]
+                scores = [o.scale * s for s in products[t][first : last + 1]]
+                weights = [math.exp(o.softcap * math.tanh(s / o.softcap) if o.softcap else s) for s in scores]
+                shares = torch.tensor(weights, dtype=torch.float64) / (sum(weights) + sink)
+                out[b, t, h] = shares @ v[b, kv, first : last + 1]
     return out
 
 
