@@ -185,13 +185,11 @@ class Staging:
 
 def require_free(out: str | Path) -> None:
     """Raises BusyError when another process is writing ``out``: asked before minutes of work, and holds nothing."""
-    target = Path(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100 - as in Staging
-    lock = target.parent / f".{target.name}.lock"
-    if lock.exists():
-        with _machine_errors(f"prepare {shown_path(target)}"):
-            descriptor = _take_lock(lock, target)
-            lock.unlink(missing_ok=True)
-            os.close(descriptor)
+    stage = Staging(out)
+    if stage._lock_path.exists():
+        with _machine_errors(f"prepare {shown_path(stage.out)}"):
+            stage._lock = _take_lock(stage._lock_path, stage.out)
+        stage._release()
 
 
 def require_space(path: str | Path, bytes_needed: int) -> None:
@@ -213,9 +211,6 @@ def _check_parent(out: Path) -> None:
         raise UsageError(f"output {shown_path(out)} is the root directory")
     if not out.parent.is_dir():
         raise UsageError(f"output directory's parent {shown_path(out.parent)} does not exist", hint="create it first")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        kind = "a symbolic link" if out.is_symlink() else "a file"
-        raise UsageError(f"output {shown_path(out)} is {kind}, expected a directory")
 
 
 def _take_lock(path: Path, out: Path) -> int:
