@@ -70,16 +70,14 @@ class Staging:
         _check_parent(self.out)
         with _machine_errors(f"prepare {shown_path(self.out)}"):
             self._lock = _take_lock(self._lock_path, self.out)
-            ready = False
             try:
                 self._sweep()
                 self._check_target()
                 self._catch_sigterm()
                 self.path.mkdir(0o700)
-                ready = True
-            finally:
-                if not ready:  # the lock must not outlive a failed entry
-                    self._release()
+            except BaseException:  # the lock must not outlive a failed entry
+                self._release()
+                raise
         return self
 
     def __exit__(
@@ -184,12 +182,12 @@ class Staging:
 
 
 def require_free(out: str | Path) -> None:
-    """Raises BusyError when another process is writing ``out``: asked before minutes of work, and holds nothing."""
+    """Asked before minutes of work, and holds nothing: raises BusyError when another process is writing ``out``, and
+    ResourceError when nothing can be written there."""
     stage = Staging(out)
-    if stage._lock_path.exists():
-        with _machine_errors(f"prepare {shown_path(stage.out)}"):
-            stage._lock = _take_lock(stage._lock_path, stage.out)
-        stage._release()
+    with _machine_errors(f"prepare {shown_path(stage.out)}"):
+        stage._lock = _take_lock(stage._lock_path, stage.out)
+    stage._release()
 
 
 def require_space(path: str | Path, bytes_needed: int) -> None:
