@@ -37,7 +37,7 @@ def export_in_child(shape: str, out: Path) -> dict[str, float]:
         "from ryzen_compile.api import export\n"
         "model = random_model(sys.argv[1])\n"
         "held, started = current_rss_bytes(), time.perf_counter()\n"
-        "export(model, sys.argv[2])\n"
+        "export(model, sys.argv[2], 'fp32')\n"
         "weights = sum(p.numel() * p.element_size() for p in {p.data_ptr(): p for p in model.parameters()}.values())\n"
         "seconds = time.perf_counter() - started\n"
         "print(json.dumps(dict(seconds=seconds, held=held, peak=peak_rss_bytes(), weights=weights)))\n"

@@ -41,9 +41,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--new", type=int, default=256)
     args = parser.parse_args()
-    with ryzen_compile.optimize(MODEL, verify=False, threads=read_machine().usable_cores) as model:
-        timed = TimedSession(model.engine._session)
-        model.engine._session = timed
+    with ryzen_compile.optimize(MODEL, "fp32", verify=False, threads=read_machine().usable_cores) as model:
+        bound = model.engine._main
+        timed = bound._session = TimedSession(bound._session)
         ids = np.arange(1, 33, dtype=np.int64)[None]
         outside = []
         for _ in range(args.rounds + 1):  # the first one warms up

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +18,30 @@ from ryzen_compile.runtime.compiled import CompiledModel
 from ryzen_compile.runtime.engine import Engine
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ryzen_compile.backends.onnxruntime.artifact import Artifact, Companions
+    from ryzen_compile.backends.onnxruntime.emit import LoweringOptions
+    from ryzen_compile.numerics.blockwise import BlockTensor
     from ryzen_compile.passes.base import Pass
     from ryzen_compile.program import Program
     from ryzen_compile.report import PassRecord, Report
 
+BUILTIN = "builtin"  # calibration text that comes with every Python
+CALIBRATION_LENGTH, CALIBRATION_TOKENS = 256, 16_384
+CALIBRATION_CHARACTERS = 40 * CALIBRATION_TOKENS  # read at most; a token is rarely more than a few characters
 Progress = Callable[["str | PassRecord"], None]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model and what came with it. ``name`` is what the user called it."""
+    """A model and what came with it. ``name`` is what the user called it, ``quantized`` the weights that came so."""
 
     model: nn.Module
     name: str
     tokenizer: Any = None
     generation_config: Any = None
+    quantized: Mapping[str, BlockTensor] = field(default_factory=dict)
 
 
 def optimize(
@@ -45,6 +51,10 @@ def optimize(
     backend: str = "onnxruntime",
     context: int | None = None,
     logits: str | None = None,
+    prefill: str | None = None,
+    target_bits: float | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    calibration: str | os.PathLike[str] = BUILTIN,
     passes: Sequence[Pass] | None = None,
     tokenizer: Any = None,
     verify: bool = True,
@@ -55,18 +65,33 @@ def optimize(
     """Captures ``model``, rewrites it pass by pass, and returns it compiled for ``backend``.
 
     ``model`` is a transformers causal LM, a plain decoder ``forward(input_ids (B, T)) -> logits (B, T, V)``, or the
-    path or hub id of one. ``recipe`` is a name or a :class:`Recipe`; ``context`` and ``logits`` ("last" or "all")
-    override its settings. ``passes`` replaces the recipe's own. ``verify`` runs the parity gate after every pass: one
-    that moves the logits beyond rounding is rolled back and named in the report. ``progress`` hears of every step.
+    path or hub id of one. ``recipe`` is a name or a :class:`Recipe`; ``context``, ``logits`` ("last" or "all"),
+    ``prefill`` ("shared" or "int8"), ``target_bits`` (mixed precision: stored bits per weight) and ``overrides``
+    (regular expression over weight names -> ``{"bits": 8}`` and such, or ``{"float": True}``) override its settings.
+    ``calibration`` is text for the methods that look at activations: a ``.txt`` or ``.jsonl`` file, a directory of
+    such, or "builtin"; a model without a tokenizer is quantized without. ``passes`` replaces the recipe's own.
+    ``verify`` runs the parity gate after every pass: one that moves the logits beyond rounding is rolled back and named
+    in the report, a lossy one is held to the recipe's budget. ``progress`` hears of every step.
 
     The model is left as it was. Raises an error of :mod:`ryzen_compile.errors`.
     """
-    chosen = find_recipe(recipe, context=context, logits=logits)
+    chosen = find_recipe(
+        recipe, context=context, logits=logits, prefill=prefill, target_bits=target_bits, overrides=overrides
+    )
     get_backend(backend)  # what is asked for is refused before the model is read
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
     source = read_source(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, progress=progress)
-    program, report = rewrite(source.model, chosen, backend=backend, passes=passes, verify=verify, progress=progress)
+    program, report = rewrite(
+        source.model,
+        chosen,
+        backend=backend,
+        calibration=read_calibration(source, chosen, calibration, progress),
+        given=source.quantized,
+        passes=passes,
+        verify=verify,
+        progress=progress,
+    )
     saver: Callable[[Path, bool], None] | None = None
     engine: Engine
     if backend == "onnxruntime":
@@ -74,7 +99,9 @@ def optimize(
         from ryzen_compile.backends.onnxruntime.session import SessionOptions
 
         _say(progress, "compile")
-        engine = OnnxRuntimeBackend().compile(program, options=SessionOptions(threads=threads))
+        engine = OnnxRuntimeBackend().compile(
+            program, options=SessionOptions(threads=threads), lowering=_lowering_options(chosen)
+        )
 
         def saver(directory: Path, force: bool) -> None:
             _write_artifact(directory, program, report, chosen, source, force)
@@ -97,6 +124,10 @@ def export(
     *,
     context: int | None = None,
     logits: str | None = None,
+    prefill: str | None = None,
+    target_bits: float | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    calibration: str | os.PathLike[str] = BUILTIN,
     force: bool = False,
     verify: bool = True,
     trust_remote_code: bool = False,
@@ -107,7 +138,9 @@ def export(
     """Writes the artifact of ``model`` to ``out`` without loading it: one pass over the weights. See ``optimize``."""
     target = Path(out)
     _refuse_target(target, model, force)
-    chosen = find_recipe(recipe, context=context, logits=logits)
+    chosen = find_recipe(
+        recipe, context=context, logits=logits, prefill=prefill, target_bits=target_bits, overrides=overrides
+    )
     source = read_source(
         model,
         trust_remote_code=trust_remote_code,
@@ -115,7 +148,14 @@ def export(
         local_files_only=local_files_only,
         progress=progress,
     )
-    program, report = rewrite(source.model, chosen, verify=verify, progress=progress)
+    program, report = rewrite(
+        source.model,
+        chosen,
+        calibration=read_calibration(source, chosen, calibration, progress),
+        given=source.quantized,
+        verify=verify,
+        progress=progress,
+    )
     _say(progress, "write")
     _write_artifact(target, program, report, chosen, source, force)
     return report
@@ -124,6 +164,7 @@ def export(
 def load(path: str | os.PathLike[str], *, threads: int | None = None, digests: bool = True) -> CompiledModel:
     """The artifact at ``path``, checked file by file and opened in ONNX Runtime; torch is not imported.
 
+    Without ``threads`` it runs as ``ryzen-compile tune`` found best on this kind of machine, if that was measured.
     ``digests=False`` skips hashing the weights. Raises ``ArtifactError``, ``TamperedError`` or ``UnsafeError``.
     """
     from ryzen_compile.backends.onnxruntime import artifact
@@ -131,7 +172,13 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, digests: b
 
     directory = Path(path)
     found = artifact.read(directory, digests=digests)
-    engine = OrtEngine(found.model, found.spec, found.slots, SessionOptions(threads=threads))
+    options = SessionOptions(threads=threads)
+    if threads is None and "tuned" in found.manifest:
+        from ryzen_compile.backends.onnxruntime.tune import tuned_options
+        from ryzen_compile.validate.machine import cpu_key, read_machine
+
+        options = tuned_options(found.manifest, cpu_key(read_machine())) or options
+    engine = OrtEngine(found.model, found.spec, found.slots, options, found.prefill)
 
     def saver(target: Path, force: bool) -> None:
         _copy_artifact(found, target, force)
@@ -151,11 +198,16 @@ def rewrite(
     recipe: Recipe,
     *,
     backend: str = "onnxruntime",
+    calibration: Calibration | None = None,
+    given: Mapping[str, BlockTensor] | None = None,
     passes: Sequence[Pass] | None = None,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> tuple[Program, Report]:
-    """Captures ``model`` and runs the passes for ``backend``; the Program is not compiled yet."""
+    """Captures ``model`` and runs the passes for ``backend``; the Program is not compiled yet.
+
+    ``given`` are weights that are quantized already, by parameter name: they are stored as they are.
+    """
     from ryzen_compile.capture import capture
     from ryzen_compile.pipeline import default_passes, run_passes
     from ryzen_compile.validate.parity import ParityGate, check_capture
@@ -169,15 +221,19 @@ def rewrite(
     program = capture(model, context=recipe.context)
     seconds = time.perf_counter() - started
     gate = None
+    text = None if calibration is None else calibration.windows[:, : program.spec.context]
     if verify:
         _say(progress, "reference")
         check_capture(model, program)
-        gate = ParityGate(program)
-    chosen = default_passes(recipe) if passes is None else tuple(passes)
+        gate = ParityGate(program, text=text)
+    chosen = default_passes(recipe, calibration=text, given=given) if passes is None else tuple(passes)
     program, report = run_passes(
         program, chosen, supported_ops=target.supported_ops, gate=gate, strict=verify, progress=progress
     )
-    return program, replace(report, capture_seconds=seconds, facts={"recipe": recipe.name, "backend": backend})
+    facts: dict[str, object] = {"recipe": recipe.name, "backend": backend}
+    if calibration is not None:
+        facts["calibration"] = {"text": calibration.name, "sha256": calibration.digest, "tokens": text.numel()}
+    return program, replace(report, capture_seconds=seconds, facts=facts)
 
 
 def read_source(
@@ -195,14 +251,52 @@ def read_source(
 
         check_finite(model)
         return Source(model, type(model).__name__, tokenizer, getattr(model, "generation_config", None))
-    from ryzen_compile.source import load_model, resolve
+    from ryzen_compile.source import load_checkpoint, resolve
 
     _say(progress, "load")
     directory = resolve(
         os.fspath(model), revision=revision, local_files_only=local_files_only, trust_remote_code=trust_remote_code
     )
-    loaded, own_tokenizer, generation_config = load_model(directory, trust_remote_code=trust_remote_code)
-    return Source(loaded, os.fspath(model), tokenizer or own_tokenizer, generation_config)
+    found = load_checkpoint(directory, trust_remote_code=trust_remote_code)
+    return Source(found.model, os.fspath(model), tokenizer or found.tokenizer, found.generation_config, found.blocks)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """``windows`` (B, T) int64: text in the model's tokens, and where it is from."""
+
+    windows: Tensor
+    name: str
+    digest: str
+
+
+def read_calibration(
+    source: Source, recipe: Recipe, text: str | os.PathLike[str] = BUILTIN, progress: Progress | None = None
+) -> Calibration | None:
+    """The text that the recipe's methods look at, if any does and there is a tokenizer to read it with."""
+    if recipe.weights is None or source.tokenizer is None:
+        return None
+    import torch
+
+    from ryzen_compile.text import digest, read_text, token_windows
+
+    _say(progress, "calibration")
+    content = read_text(text, characters=CALIBRATION_CHARACTERS)
+    windows = token_windows(content, _encoder(source.tokenizer), CALIBRATION_LENGTH, CALIBRATION_TOKENS)
+    return Calibration(torch.from_numpy(windows), Path(text).name, digest(content))
+
+
+def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    # verbose: a warning that a text is longer than the context, which is cut into windows right after
+    return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _lowering_options(recipe: Recipe) -> LoweringOptions:
+    from ryzen_compile.backends.onnxruntime.emit import LoweringOptions
+
+    if recipe.weights is None:
+        return LoweringOptions()
+    return LoweringOptions(recipe.weights.accuracy_level, recipe.prefill == "int8")
 
 
 def _write_artifact(out: Path, program: Program, report: Report, recipe: Recipe, source: Source, force: bool) -> None:
@@ -219,7 +313,7 @@ def _write_artifact(out: Path, program: Program, report: Report, recipe: Recipe,
     }
     artifact.write(
         out,
-        lambda directory: backend.write(program, directory),
+        lambda directory: backend.write(program, directory, _lowering_options(recipe)),
         spec=program.spec,
         slots=cache_slots(program.slots),
         facts=facts,

@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ryzen_compile.errors import ConfigError
 
-DEFAULT_RECIPE = "fp32"
+DEFAULT_RECIPE = "int4"
+Bits = Literal[2, 3, 4, 8]
+Block = Literal[16, 32, 64, 128, 256]
+Method = Literal["rtn", "mse", "hqq", "gptq"]
+
+
+class TensorFormat(BaseModel):
+    """What an override may say of the weights it names; what it leaves out is the recipe's. ``float`` keeps them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Bits | None = None
+    block: Block | None = None
+    symmetric: bool | None = None
+    method: Method | None = None
+    float: bool = False
+
+
+class WeightQuantization(BaseModel):
+    """Block-wise integer weights: ``bits`` each, a float32 scale for every ``block`` of a row.
+
+    ``method`` chooses the codes; ``gptq`` reads calibration text, and without any ``fallback`` is used and reported.
+    ``target_bits`` (stored bits per weight, scales included) mixes this format with the next wider one, tensor by
+    tensor, by measured sensitivity. ``head_bits`` is for the output head and a table tied to it. ``overrides`` maps
+    regular expressions over weight names to formats; the last that matches wins. ``accuracy_level`` 4 lets the product
+    round activations to 8 bits per block, 0 keeps them in float32. ``max_kl`` is the parity gate's budget: mean KL
+    divergence to the captured model, in nats per token.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Bits = 4
+    block: Block = 128
+    symmetric: bool = True
+    method: Method = "gptq"
+    fallback: Method = "mse"
+    head_bits: Bits | None = None
+    target_bits: float | None = Field(default=None, gt=2, lt=9)
+    overrides: Mapping[str, TensorFormat] = Field(default_factory=dict)
+    accuracy_level: Literal[0, 4] = 4
+    max_kl: float = Field(default=0.5, gt=0)
+
+    @field_validator("overrides")
+    @classmethod
+    def _expressions(cls, overrides: Mapping[str, TensorFormat]) -> Mapping[str, TensorFormat]:
+        for expression in overrides:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
+        return overrides
 
 
 class Recipe(BaseModel):
@@ -17,23 +69,60 @@ class Recipe(BaseModel):
 
     ``logits`` decides whether a step returns logits for its last token only (all that generation reads) or for every
     token (scoring text, verifying drafts). ``context`` shortens the number of positions the artifact is made for.
+    ``weights`` None keeps them in float32. ``prefill="int8"`` writes the weights a second time as 8-bit rows, for
+    prompts only: about twice the speed there, for one more byte per weight.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = DEFAULT_RECIPE
+    name: str = "fp32"
     description: str = ""
     logits: Literal["last", "all"] = "last"
     context: int | None = Field(default=None, ge=1)
+    weights: WeightQuantization | None = None
+    prefill: Literal["shared", "int8"] = "shared"
 
 
 RECIPES: tuple[Recipe, ...] = (
+    Recipe(
+        name="int4",
+        description="4-bit weights in blocks of 128, calibrated",
+        weights=WeightQuantization(),
+    ),
+    Recipe(
+        name="int8",
+        description="8-bit weights in blocks of 128",
+        weights=WeightQuantization(bits=8, method="mse", max_kl=0.05),
+    ),
+    Recipe(
+        name="int4-fast",
+        description="4-bit weights in blocks of 256, calibrated: the fewest bytes and the fastest products at 4 bits",
+        weights=WeightQuantization(block=256),
+    ),
+    Recipe(
+        name="int4-accurate",
+        description="4-bit weights with zero points in blocks of 32, 8-bit head, calibrated",
+        weights=WeightQuantization(block=32, symmetric=False, head_bits=8),
+    ),
+    Recipe(
+        name="int3-mixed",
+        description="2 and 4-bit weights mixed by measured sensitivity to 3.25 bits, calibrated",
+        weights=WeightQuantization(bits=2, symmetric=False, target_bits=3.25, max_kl=2.0),
+    ),
+    Recipe(
+        name="int2",
+        description="2-bit weights with zero points in blocks of 32, 4-bit head, calibrated: for models trained for it",
+        weights=WeightQuantization(bits=2, block=32, symmetric=False, head_bits=4, max_kl=4.0),
+    ),
     Recipe(name="fp32", description="32-bit weights and cache, every fusion; the same greedy tokens as the model"),
 )
 
 
-def find_recipe(recipe: str | Recipe, **changes: object) -> Recipe:
-    """A recipe by name, or the given one, with ``changes`` applied; raises ``ConfigError`` naming the nearest."""
+def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
+    """A recipe by name, or the given one, with ``changes`` applied; raises ``ConfigError`` naming the nearest.
+
+    A change may name a field of the recipe or of its ``weights``; None leaves what is there.
+    """
     if isinstance(recipe, str):
         found = next((r for r in RECIPES if r.name == recipe), None)
         if found is None:
@@ -42,9 +131,53 @@ def find_recipe(recipe: str | Recipe, **changes: object) -> Recipe:
             hint = f"did you mean {near[0]!r}?" if near else f"recipes are {', '.join(names)}"
             raise ConfigError(f"there is no recipe {recipe!r}", hint=hint)
         recipe = found
+    settings = recipe.model_dump()
+    for name, value in changes.items():
+        if value is None:
+            continue
+        if name in Recipe.model_fields:
+            settings[name] = value
+        elif settings["weights"] is None:
+            raise ConfigError(
+                f"recipe {recipe.name!r} keeps float32 weights, it has no {name}", hint="use int4 or int8"
+            )
+        else:
+            settings["weights"][name] = value
     try:
-        return Recipe(**{**recipe.model_dump(), **{k: v for k, v in changes.items() if v is not None}})
+        return Recipe(**settings)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"recipe {recipe.name!r}: {where}: {first['msg']}, got {first['input']!r}") from error
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``["lm_head=8,block=32", "mlp=float"]`` as ``Recipe.weights.overrides`` takes it; raises ``ConfigError``."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        expression, equals, settings = text.partition("=")
+        if not equals or not expression or not settings:
+            raise ConfigError(f"override {text!r}: expected REGEX=SETTING", hint="for example lm_head=8,block=32")
+        found[expression] = dict(_override_setting(text, part.strip()) for part in settings.split(","))
+    return found
+
+
+def _override_setting(text: str, part: str) -> tuple[str, Any]:
+    name, equals, value = part.partition("=")
+    if not equals:
+        return ("float", True) if name == "float" else ("bits", _number(text, name))
+    if name in ("bits", "block"):
+        return name, _number(text, value)
+    if name == "symmetric" and value in ("true", "false"):
+        return name, value == "true"
+    if name == "method":
+        return name, value
+    raise ConfigError(
+        f"override {text!r}: {part!r} is no setting", hint="bits, block, symmetric=true|false, method, or float"
+    )
+
+
+def _number(text: str, value: str) -> int:
+    if not value.isdigit():
+        raise ConfigError(f"override {text!r}: expected a number, got {value!r}")
+    return int(value)

@@ -20,13 +20,14 @@ def interpret(
     weights: Mapping[str, Tensor] | None = None,
     double: bool = False,
     watch: Callable[[fx.Node, object], None] | None = None,
+    intercept: Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]] | None = None,
 ) -> list[Any]:
     """The values of ``targets`` when the nodes in ``feeds`` have the given values.
 
     Only what the targets need is computed, and a value is dropped after its last reader, so memory holds about one
     layer. ``weights`` (placeholder name -> tensor) replaces the Program's own. ``double`` computes everything in
     float64, each weight being widened where it is read: the reference that blames a pass, not rounding. ``watch`` sees
-    every computed value.
+    every computed value. ``intercept`` sees every call's arguments before it is made and returns those to make it with.
     """
     weights = program.weights if weights is None else weights
     values: dict[fx.Node, object] = {node: _widen(value) if double else value for node, value in feeds.items()}
@@ -43,6 +44,8 @@ def interpret(
             if double:
                 args = tuple(map(_widen, args))
                 kwargs = {name: _widen(value) for name, value in kwargs.items()}
+            if intercept is not None:
+                args = intercept(node, args)
             value = node.target(*args, **kwargs)
             values[node] = _widen(value) if double else value  # constructors make float32 unasked
             if watch is not None:
@@ -51,6 +54,21 @@ def interpret(
                 if last_reader[source] is node and source not in kept:
                     values.pop(source, None)
     return [values[target] for target in targets]
+
+
+def text_feeds(
+    program: Program, ids: Tensor, *, start: int = 0, caches: Sequence[Tensor] | None = None
+) -> dict[fx.Node, Tensor]:
+    """What a Program is fed to read ``ids`` (B, T) at positions from ``start``; ``caches`` in the inputs' order."""
+    batch, tokens = ids.shape
+    given = {
+        "input_ids": ids,
+        "position_ids": torch.arange(start, start + tokens).repeat(batch, 1),
+        "attention_mask": torch.ones((batch, start + tokens), dtype=torch.long),
+    }
+    names = [n.name for n in program.inputs if n.name.startswith("past_key_values_")]
+    given |= dict(zip(names, caches or (), strict=True))
+    return {node: given[node.name] for node in program.inputs}
 
 
 def _widen(value: object) -> object:

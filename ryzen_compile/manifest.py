@@ -13,25 +13,39 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import stat
+import time
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from ryzen_compile.errors import ArtifactError, ResourceError, TamperedError, UnsafeError, UsageError
+from ryzen_compile.errors import (
+    ArtifactError,
+    BusyError,
+    ResourceError,
+    TamperedError,
+    UnsafeError,
+    UnsupportedError,
+    UsageError,
+)
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "ryzen_compile.json"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_FILES = 100_000
+MAX_TUNED = 100  # machines that one artifact keeps figures for
+LOCK_SECONDS = 10.0
 _CHUNK = 1 << 20
 # O_NONBLOCK: opening a FIFO without it would wait for a writer for ever. Systems that lack a flag lack the danger.
 _READ_FLAGS = os.O_RDONLY
 for _flag in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
     _READ_FLAGS |= getattr(os, _flag, 0)
 _OWN_KEYS = ("schema_version", "made_by", "files")
+_TEMPORARY = re.compile(re.escape(f".{MANIFEST_NAME}.") + r"[0-9a-f]{16}")
 _KINDS = (
     (stat.S_ISLNK, "symbolic link"),
     (stat.S_ISDIR, "directory"),
@@ -131,14 +145,48 @@ def write_manifest(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
             size, digest = _digest(stream)
         files[name] = {"size": size, "sha256": digest}
     manifest = {**facts, "schema_version": SCHEMA_VERSION, "made_by": _made_by(), "files": files}
+    text = _as_text(manifest)
     try:
-        text = json.dumps(manifest, sort_keys=True, indent=1, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"manifest facts are not JSON: {error}") from error
-    try:
-        (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+        (directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ResourceError(f"cannot write {MANIFEST_NAME}: {error.strerror}") from error
+    return manifest
+
+
+def tuned(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures measured for this artifact, by machine; empty where there are none. What they say is not checked."""
+    table = manifest.get("tuned", {})
+    if not isinstance(table, dict) or len(table) > MAX_TUNED:
+        what = f"{len(table)} entries, the limit is {MAX_TUNED}" if isinstance(table, dict) else type(table).__name__
+        raise ArtifactError(f"{MANIFEST_NAME}: 'tuned' is not a table of machines: {what}", hint="export it again")
+    return table
+
+
+def update_tuning(directory: Path, key: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts ``facts`` under ``tuned[key]`` of the manifest in ``directory`` and returns the new manifest.
+
+    Everything else keeps its meaning. A reader sees the old manifest or the new one, also after a power cut; writers
+    wait for each other, up to ``LOCK_SECONDS``. An export that replaces the directory meanwhile wins: the figures are
+    refused, not put beside another model. Raises UsageError for a key or facts that are not JSON, BusyError when the
+    lock cannot be had or the directory was replaced, ResourceError when it cannot be written, and what
+    ``read_manifest`` raises.
+    """
+    if not key or not key.isprintable() or len(key) > 100:
+        raise UsageError(f"the key of tuned figures must be 1 to 100 printable characters, got {shown(key)}")
+    with _locked(directory) as folder:
+        manifest = read_manifest(directory)
+        manifest["tuned"] = {**tuned(manifest), key: dict(facts)}
+        tuned(manifest)
+        text = _as_text(manifest)
+        # Names below are looked up in the folder that is locked, wherever it has been moved to since.
+        try:
+            same = os.path.samestat(directory.stat(), os.fstat(folder))
+            if same:
+                _replace_manifest(folder, text)
+        except OSError as error:
+            raise ResourceError(f"cannot write {MANIFEST_NAME}: {error.strerror}") from error
+    if not same:
+        raise BusyError(f"{shown_path(directory)} was replaced meanwhile", hint="tune it again")
     return manifest
 
 
@@ -217,6 +265,70 @@ def verify_files(directory: Path, manifest: Mapping[str, Any], *, digests: bool 
     return extra
 
 
+def require_writable(directory: Path) -> None:
+    """Asked before minutes of measuring: raises what ``update_tuning`` would for a directory that cannot be written, is
+    locked, or has a manifest that cannot be read."""
+    with _locked(directory) as folder:
+        tuned(read_manifest(directory))
+        if not os.access(".", os.W_OK, dir_fd=folder):
+            raise ResourceError(f"{shown_path(directory)} cannot be written to")
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[int]:
+    """A descriptor of ``directory`` that holds its exclusive lock, which the kernel frees when its holder dies."""
+    try:
+        import fcntl  # POSIX only, and the rest of the package runs without
+    except ImportError as error:
+        raise UnsupportedError("changing a manifest needs POSIX file locks, which this system lacks") from error
+    try:
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ArtifactError(f"cannot open {shown_path(directory)}: {error.strerror}") from error
+    try:
+        until = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise BusyError(f"another process is changing {shown_path(directory)}", hint="wait") from error
+                time.sleep(0.02)
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _replace_manifest(folder: int, text: str) -> None:
+    """Writes the manifest of the directory ``folder``: a new file beside it, made durable, takes its name."""
+    for name in os.listdir(folder):
+        if _TEMPORARY.fullmatch(name):  # of a writer that died: nobody else holds the lock
+            os.unlink(name, dir_fd=folder)
+    temporary = f".{MANIFEST_NAME}.{secrets.token_hex(8)}"
+    mode = stat.S_IMODE(os.stat(MANIFEST_NAME, dir_fd=folder, follow_symlinks=False).st_mode)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=folder), "w", encoding="utf-8") as stream:
+            os.fchmod(stream.fileno(), mode)
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, MANIFEST_NAME, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=folder)
+        raise
+    os.fsync(folder)
+
+
+def _as_text(manifest: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(manifest, sort_keys=True, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"manifest facts are not JSON: {error}") from error
+
+
 def _check_schema(manifest: Mapping[str, Any]) -> None:
     schema = manifest.get("schema_version")
     if isinstance(schema, bool) or not isinstance(schema, int):
@@ -238,13 +350,14 @@ def _made_by() -> str:
 
 
 def _walk(directory: Path) -> Iterator[str]:
-    """Names, ``/``-separated, of everything below ``directory`` that is not a directory, the manifest excepted."""
+    """Names, ``/``-separated, of everything below ``directory`` that is not a directory, the manifest and what may
+    become it excepted."""
     for folder, subfolders, names in os.walk(directory):
         below = Path(folder).relative_to(directory)
         links = [name for name in subfolders if Path(folder, name).is_symlink()]
         for name in [*names, *links]:
             relative = (below / name).as_posix()
-            if relative != MANIFEST_NAME:
+            if relative != MANIFEST_NAME and not _TEMPORARY.fullmatch(relative):
                 yield relative
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
+
+from torch import Tensor
 
 from ryzen_compile.config import Recipe
 from ryzen_compile.errors import ParityError, PassError, RyzenCompileError, UnsupportedError
+from ryzen_compile.numerics.blockwise import BlockTensor
 from ryzen_compile.passes.base import Pass, PassResult
 from ryzen_compile.passes.bind_positions import BindPositions
 from ryzen_compile.passes.canonicalize import Canonicalize
@@ -22,15 +26,24 @@ from ryzen_compile.passes.fuse_rotary import FuseRotary
 from ryzen_compile.passes.insert_kv_cache import InsertKVCache
 from ryzen_compile.passes.merge_linear import MergeLinear
 from ryzen_compile.passes.prune_logits import PruneLogits
+from ryzen_compile.passes.quantize_weights import QuantizeWeights
 from ryzen_compile.passes.recognize_activation import RecognizeActivation
 from ryzen_compile.program import Program
 from ryzen_compile.report import PassRecord, Report, Status
 from ryzen_compile.verify import verify
 
 
-def default_passes(recipe: Recipe) -> tuple[Pass, ...]:
-    """The passes of a recipe, in order. Each line says why it stands where it does."""
-    passes: tuple[Pass, ...] = (
+def default_passes(
+    recipe: Recipe, *, calibration: Tensor | None = None, given: Mapping[str, BlockTensor] | None = None
+) -> tuple[Pass, ...]:
+    """The passes of a recipe, in order. Each line says why it stands where it does.
+
+    ``calibration`` (B, T) int64 is text for the passes that measure, ``given`` the weights that came quantized.
+    """
+    weights = recipe.weights
+    quantize = () if weights is None else (QuantizeWeights(weights, calibration=calibration, given=given),)
+    prune = (PruneLogits(),) if recipe.logits == "last" else ()
+    return (
         Canonicalize(),  # one spelling each, so that everything below matches one form
         RecognizeActivation(),  # before the arithmetic it is made of is taken for something else
         BindPositions(),  # before rotary and attention read what still counts tokens
@@ -40,11 +53,11 @@ def default_passes(recipe: Recipe) -> tuple[Pass, ...]:
         FuseAttention(),  # masks and repeated heads go away with it
         MergeLinear(),  # needs to know which three projections feed one attention
         FuseLinear(),  # needs the merged gate and up projection
+        *quantize,  # weights stored together are merged, and the graph is still whole, so that it can be run on text
         InsertKVCache(),  # everything around attention is final, so its projections can go in whole
+        *prune,  # only a cached graph may forget the other rows
+        EliminateDead(),  # last: what the others left unread
     )
-    if recipe.logits == "last":
-        passes += (PruneLogits(),)  # only a cached graph may forget the other rows
-    return (*passes, EliminateDead())  # last: what the others left unread
 
 
 class Gate(Protocol):
@@ -54,6 +67,12 @@ class Gate(Protocol):
 
     def measure(self, program: Program) -> tuple[float, float, bool]:
         """(rmse to float64, largest error to float32, whether both are within the budget of an exact pass)."""
+
+    def measure_loss(self, program: Program) -> tuple[float, float]:
+        """(mean KL divergence to the captured model, share of tokens whose most likely successor stays)."""
+
+    def rebase(self, program: Program) -> None:
+        """Makes ``program`` what later passes are measured against."""
 
     def moved(self, before: Program, after: Program) -> str:
         """The first module whose values differ between the two."""
@@ -103,6 +122,8 @@ def _run_one(
     seconds = time.perf_counter() - started
     if pass_.required and not result.changed:
         raise _required_failure(pass_, result, before)
+    if result.changed and gate is not None and pass_.promise == "lossy":
+        return _accept_loss(pass_, program, result, before, gate, seconds)
     if not result.changed or gate is None:
         return result.program, _record(pass_, "applied" if result.changed else "unchanged", program, result, seconds)
     with _blamed_on(pass_, before):  # a graph that cannot run is the pass's fault too
@@ -116,6 +137,25 @@ def _run_one(
         raise ParityError(f"pass {pass_.name}: {detail}", hint="this graph cannot be generated from with a cache")
     rolled = PassResult(program, (), result.misses)
     return program, _record(pass_, "rolled back", program, rolled, seconds, max_error, rmse, detail)
+
+
+def _accept_loss(
+    pass_: Pass, program: Program, result: PassResult, before: Sequence[PassRecord], gate: Gate, seconds: float
+) -> tuple[Program, PassRecord]:
+    """A lossy pass within its budget becomes the reference of those after it; one beyond it is not what was asked."""
+    with _blamed_on(pass_, before):
+        kl, top1 = gate.measure_loss(result.program)
+        within = kl <= pass_.max_kl  # false for NaN too
+        if within:
+            gate.rebase(result.program)
+    if within:
+        record = _record(pass_, "applied", program, result, seconds)
+        return result.program, replace(record, kl=kl, top1=top1)
+    detail = f"mean KL divergence {kl:.3g} nats per token, {pass_.max_kl:g} is allowed; top-1 agreement {top1:.1%}"
+    if pass_.required:
+        raise ParityError(f"pass {pass_.name}: {detail}", hint="more bits, smaller blocks, calibration on such text")
+    rolled = PassResult(program, (), result.misses)
+    return program, replace(_record(pass_, "rolled back", program, rolled, seconds, detail=detail), kl=kl, top1=top1)
 
 
 @contextmanager
@@ -138,7 +178,7 @@ def _required_failure(pass_: Pass, result: PassResult, before: Sequence[PassReco
     if not misses:
         source, misses = next(((r.name, r.misses) for r in before if r.name == pass_.builds_on), (source, ()))
     if not misses:
-        return UnsupportedError(f"{pass_.name} found nothing to rewrite: the graph holds no attention")
+        return UnsupportedError(f"{pass_.name} found nothing to rewrite: the graph holds no {pass_.works_on}")
     site = misses[0]
     return UnsupportedError(
         f"{source} cannot rewrite node {site.node} in {site.module or 'the model'}: {site.note}",

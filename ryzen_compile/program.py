@@ -52,7 +52,10 @@ class Program:
     def weight_names(self) -> dict[str, str]:
         """Placeholder name -> the parameter's qualified name in the user's model."""
         specs = self.exported.graph_signature.input_specs
-        return {s.arg.name: s.target for s in specs if s.kind in WEIGHT_KINDS and s.target is not None}
+        wrapped = "model_to_capture."  # capture's own module around the user's
+        return {
+            s.arg.name: s.target.removeprefix(wrapped) for s in specs if s.kind in WEIGHT_KINDS and s.target is not None
+        }
 
     @property
     def inputs(self) -> list[fx.Node]:

@@ -17,7 +17,8 @@ Status = Literal["applied", "unchanged", "rolled back", "unsupported"]
 @dataclass(frozen=True)
 class PassRecord:
     """One pass. ``rmse`` is the distance of the logits from the float64 model, ``max_error`` the largest one from the
-    captured model in float32; both are none where the gate did not run."""
+    captured model in float32; both are none where the gate did not run. A lossy pass has ``kl`` (mean, nats per token)
+    and ``top1`` (share of tokens whose most likely successor stays) instead."""
 
     name: str
     promise: str
@@ -31,6 +32,15 @@ class PassRecord:
     max_error: float | None = None
     rmse: float | None = None
     detail: str = ""
+    kl: float | None = None
+    top1: float | None = None
+
+    @property
+    def moved(self) -> str:
+        """How far the logits moved, as the tables show it."""
+        if self.kl is not None:
+            return f"KL {self.kl:.1e}"
+        return "" if self.max_error is None else f"{self.max_error:.1e}"
 
     def reasons(self) -> list[tuple[str, int, Site]]:
         """Distinct reasons for leaving an anchor alone, with counts and the first place, most frequent first."""
@@ -62,10 +72,9 @@ class Report:
         """The table as text, one line a pass; near-misses indented below it."""
         out = [f"{'pass':<22}{'status':<13}{'hits':>5}{'left':>6}{'nodes':>12}{'ms':>8}{'max error':>11}"]
         for r in self.records:
-            moved = f"{r.nodes_before}>{r.nodes_after}"
-            error = "" if r.max_error is None else f"{r.max_error:.1e}"
-            counts = f"{len(r.hits):>5}{len(r.misses):>6}{moved:>12}{r.seconds * 1e3:>8.0f}"
-            out.append(f"{r.name:<22}{r.status:<13}{counts}{error:>11}")
+            nodes = f"{r.nodes_before}>{r.nodes_after}"
+            counts = f"{len(r.hits):>5}{len(r.misses):>6}{nodes:>12}{r.seconds * 1e3:>8.0f}"
+            out.append(f"{r.name:<22}{r.status:<13}{counts}{r.moved:>11}")
             if r.detail:
                 out.append(f"    {r.detail}")
             if misses:
@@ -81,12 +90,11 @@ class Report:
 
     def to_markdown(self) -> str:
         rows = ["| pass | status | hits | left alone | nodes | ms | max error |", "|---|---|---:|---:|---:|---:|---:|"]
-        for r in self.records:
-            error = "" if r.max_error is None else f"{r.max_error:.1e}"
-            rows.append(
-                f"| {r.name} | {r.status} | {len(r.hits)} | {len(r.misses)} | {r.nodes_before} → {r.nodes_after} "
-                f"| {r.seconds * 1e3:.0f} | {error} |"
-            )
+        rows += [
+            f"| {r.name} | {r.status} | {len(r.hits)} | {len(r.misses)} | {r.nodes_before} → {r.nodes_after} "
+            f"| {r.seconds * 1e3:.0f} | {r.moved} |"
+            for r in self.records
+        ]
         reasons = [
             f"- **{r.name}**: {n} × {reason} (`{site.module or site.node}`)"
             for r in self.records
@@ -102,9 +110,8 @@ class Report:
         """A page without scripts or links, so that it opens anywhere and can be attached to anything."""
         rows = []
         for r in self.records:
-            error = "" if r.max_error is None else f"{r.max_error:.1e}"
             cells = (r.name, r.status, len(r.hits), len(r.misses), f"{r.nodes_before} → {r.nodes_after}",
-                     f"{r.seconds * 1e3:.0f}", error)  # fmt: skip
+                     f"{r.seconds * 1e3:.0f}", r.moved)  # fmt: skip
             rows.append("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")
             notes = [f"{n} × {reason}  ({site.module or site.node})" for reason, n, site in r.reasons()]
             why = [r.detail, *notes] if r.detail else notes

@@ -16,13 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.errors import ModelError, ResourceError, UnsafeError, UsageError
+from ryzen_compile.errors import ModelError, ResourceError, UnsafeError, UnsupportedError, UsageError
 from ryzen_compile.manifest import name_fault, shown, shown_path
+from ryzen_compile.quantized_checkpoint import KEY as QUANTIZATION_KEY
+from ryzen_compile.quantized_checkpoint import Quantization, find_quantization, read_weights
 from ryzen_compile.safetensors_header import MAX_TENSORS, TensorEntry, check_safetensors
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor, nn
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ryzen_compile.numerics.blockwise import BlockTensor
 
 MAX_JSON_BYTES = 64 << 20
 # Configured counts that loops or allocations follow; the limits are far above any model and far below harm.
@@ -40,12 +44,30 @@ _CODE_CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """An inspected model directory: its ``config.json`` and the weight files, with the tensors their headers list."""
+    """An inspected model directory: its ``config.json`` and the weight files, with the tensors their headers list.
+
+    ``quantization`` says how the weights are stored when they are integers that can be repacked.
+    """
 
     directory: Path
     config: dict[str, Any]
     weights: tuple[Path, ...]
     tensors: dict[str, TensorEntry]
+    quantization: Quantization | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode and what came with it.
+
+    ``blocks`` holds the weights that the checkpoint stores as integers, by the name of the parameter, which has their
+    dequantized values. Names that share a parameter share an entry's blocks. Empty for a model in floating point.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    generation_config: GenerationConfig | None
+    blocks: Mapping[str, BlockTensor]
 
 
 def resolve(
@@ -103,8 +125,9 @@ def resolve(
 def inspect(directory: str | Path, *, trust_remote_code: bool = False) -> SourceFiles:
     """Checks a model directory without loading it: configuration, remote code, weight files and their headers.
 
-    Raises ModelError for what is missing or damaged and UnsafeError for pickles, paths that leave the directory, and
-    (unless ``trust_remote_code``) configurations that name code.
+    Raises ModelError for what is missing or damaged, UnsafeError for pickles, paths that leave the directory, and
+    (unless ``trust_remote_code``) configurations that name code, UnsupportedError for weights quantized in a way that
+    cannot be repacked.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -121,6 +144,7 @@ def inspect(directory: str | Path, *, trust_remote_code: bool = False) -> Source
         if not trust_remote_code and (directory / name).is_file():
             _refuse_code(name, config if name == "config.json" else _read_json(directory / name))
     _check_config(config)
+    quantization = find_quantization(config)
     tensors: dict[str, TensorEntry] = {}
     home: dict[str, str] = {}
     weights, index = _weight_files(directory)
@@ -134,21 +158,42 @@ def inspect(directory: str | Path, *, trust_remote_code: bool = False) -> Source
         raise ModelError(f"the index places {len(strays)} tensor(s) in files that lack them: {_first_ten(strays)}")
     if len(tensors) > MAX_TENSORS:
         raise ModelError(f"{shown_path(directory)} has {len(tensors)} tensors, the limit is {MAX_TENSORS}")
-    return SourceFiles(directory, config, tuple(weights), tensors)
+    return SourceFiles(directory, config, tuple(weights), tensors, quantization)
 
 
 def load_model(
     directory: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, GenerationConfig | None]:
+    """``load_checkpoint`` for who does not ask how the weights were stored."""
+    loaded = load_checkpoint(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+    return loaded.model, loaded.tokenizer, loaded.generation_config
+
+
+def load_checkpoint(directory: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> LoadedModel:
     """The model in eval mode with weights of ``dtype``, its tokenizer if there is one, its generation defaults.
 
-    ``dtype`` is float32, float16 or bfloat16. Raises whatever ``inspect`` raises, and ModelError for tensors missing,
-    left over or of another shape (transformers would fill or drop them silently), declared ties that differ, NaN or
-    infinite weights, and a tokenizer larger than the vocabulary.
+    ``dtype`` is float32, float16 or bfloat16; quantized weights are dequantized exactly, which takes float32, and kept
+    as they are in ``blocks`` beside. Raises whatever ``inspect`` raises, and ModelError for tensors missing, left over
+    or of another shape (transformers would fill or drop them silently), declared ties that differ, NaN or infinite
+    weights, and a tokenizer larger than the vocabulary.
     """
     if dtype not in ("float32", "float16", "bfloat16"):
         raise UsageError(f"dtype {shown(dtype)}: expected float32, float16 or bfloat16")
-    directory = inspect(directory, trust_remote_code=trust_remote_code).directory
+    files = inspect(directory, trust_remote_code=trust_remote_code)
+    blocks: Mapping[str, BlockTensor] = {}
+    if files.quantization is None:
+        model = _load_floats(files.directory, dtype, trust_remote_code)
+    elif dtype == "float32":
+        model, blocks = _load_quantized(files, files.quantization, trust_remote_code)
+    else:
+        raise UsageError(f"dtype {shown(dtype)}: quantized weights are loaded as float32, which holds them exactly")
+    _check_ties(model)
+    check_finite(model)
+    tokenizer = _load_tokenizer(files.directory, model, trust_remote_code)
+    return LoadedModel(model.eval(), tokenizer, model.generation_config if model.can_generate() else None, blocks)
+
+
+def _load_floats(directory: Path, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -163,10 +208,112 @@ def load_model(
             ignore_mismatched_sizes=True,  # reported in `info`, with every shape, instead of raised one by one
         )
     _check_loading_info(info)
-    _check_ties(model)
-    check_finite(model)
-    tokenizer = _load_tokenizer(directory, model, trust_remote_code)
-    return model.eval(), tokenizer, model.generation_config if model.can_generate() else None
+    return model
+
+
+def _load_quantized(
+    files: SourceFiles, quantization: Quantization, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, BlockTensor]]:
+    """The model over dequantized weights, built as if its configuration had never spoken of quantization."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _loading("configuration", files.directory):
+        config = AutoConfig.from_pretrained(files.directory, local_files_only=True, trust_remote_code=trust_remote_code)
+        _forget_quantization(config)
+        with torch.device("meta"):  # only to learn the class, remote code included
+            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    weights, blocks = read_weights(quantization, files.weights, files.tensors)
+    with _loading("model", files.directory):
+        model, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        _adopt_generation_config(model, files.directory)
+    _check_owners(model, blocks)
+    _check_loading_info(_without_empty_biases(info, weights, blocks))
+    return model, _placed(model, weights, blocks)
+
+
+def _forget_quantization(config: PretrainedConfig) -> None:
+    """Removes what the checkpoint's configuration and its parts say of quantization: the model is one in float32."""
+    for part in (config, *vars(config).values()):
+        if hasattr(part, QUANTIZATION_KEY) and not isinstance(part, dict):
+            delattr(part, QUANTIZATION_KEY)
+
+
+def _adopt_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    """Loading from a state dict leaves the defaults that the configuration implies; the file knows better."""
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+
+
+def _check_owners(model: PreTrainedModel, blocks: Mapping[str, BlockTensor]) -> None:
+    """Integers are stored (outputs, inputs), as linears and embeddings hold their weights; GPT-2's Conv1D does not."""
+    from torch import nn
+
+    modules = dict(model.named_modules())
+    for name in blocks:
+        module = modules.get(name.removesuffix(".weight"))
+        if module is not None and not isinstance(module, (nn.Linear, nn.Embedding)):
+            raise UnsupportedError(
+                f"{shown(name)} is quantized and belongs to a {type(module).__name__}, expected a Linear or Embedding",
+                hint="save the model dequantized and quantize it here",
+            )
+
+
+def _without_empty_biases(
+    info: Mapping[str, Any], weights: Mapping[str, Tensor], blocks: Mapping[str, BlockTensor]
+) -> dict[str, Any]:
+    """``info`` without the zeros that some GPTQ writers store as the bias of linears that have none."""
+    biases = {name.removesuffix("weight") + "bias" for name in blocks}
+    empty = {name for name in biases if name in weights and not bool(weights[name].any())}
+    return {**info, "unexpected_keys": set(info["unexpected_keys"]) - empty}
+
+
+def _placed(
+    model: PreTrainedModel, weights: Mapping[str, Tensor], blocks: Mapping[str, BlockTensor]
+) -> dict[str, BlockTensor]:
+    """``blocks`` by the name of the parameter that holds their values.
+
+    A parameter is known by its memory, so that it does not matter how transformers renamed the checkpoint's tensors.
+    What it joined into one tensor, such as a layer's experts, has no blocks and stays in float32, with a warning; that
+    must not befall a linear, which would be quantized a second time.
+    """
+    from torch import nn
+
+    origins = {weights[name].data_ptr(): name for name in blocks}
+    placed = {}
+    used = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        origin = origins.get(parameter.data_ptr())
+        if origin is not None and parameter.shape == weights[origin].shape:
+            placed[name] = blocks[origin]
+            used.add(origin)
+    lost = sorted(blocks.keys() - used)
+    if not lost:
+        return placed
+    floats = {tensor.untyped_storage().data_ptr() for name, tensor in weights.items() if name not in blocks}
+    for name, module in model.named_modules():
+        plain = isinstance(module, (nn.Linear, nn.Embedding)) and f"{name}.weight" not in placed
+        if plain and module.weight.untyped_storage().data_ptr() not in floats:
+            raise UnsupportedError(
+                f"{shown(name + '.weight')} is put together by transformers from several tensors, of which "
+                f"{len(lost)} are quantized: {_first_ten(lost)}",
+                hint="save the model dequantized and quantize it here",
+            )
+    warnings.warn(
+        f"{len(lost)} quantized tensor(s) were joined into parameters that are no linears and are kept in float32: "
+        f"{_first_ten(lost)}",
+        stacklevel=4,
+    )
+    return placed
 
 
 def check_finite(model: nn.Module) -> None:

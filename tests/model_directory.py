@@ -72,11 +72,11 @@ def shared_model(factory: pytest.TempPathFactory, name: str = "llama", **setting
 
 
 def shared_artifact(factory: pytest.TempPathFactory, name: str = "llama", **settings: Any) -> Path:
-    """Its artifact, exported from the directory once in a run of the tests; not to be changed."""
+    """Its float32 artifact, exported from the directory once in a run of the tests; not to be changed."""
     key = f"{name} artifact"
     if key not in _SHARED:
         out = factory.mktemp("artifacts") / name
-        export(shared_model(factory, name, **settings), out)
+        export(shared_model(factory, name, **settings), out, "fp32")
         _SHARED[key] = out
     return _SHARED[key]
 

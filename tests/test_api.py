@@ -48,7 +48,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def compiled(model: nn.Module) -> Iterator[CompiledModel]:
-    with ryzen_compile.optimize(model) as found:
+    with ryzen_compile.optimize(model, "fp32") as found:
         yield found
 
 
@@ -89,7 +89,7 @@ def test_a_directory_brings_its_tokenizer_and_config(tmp_path_factory: pytest.Te
     directory = shared_model(tmp_path_factory)
     before = listing(directory)
     steps: list[Any] = []
-    with ryzen_compile.optimize(directory, progress=steps.append) as found:
+    with ryzen_compile.optimize(directory, "fp32", progress=steps.append) as found:
         text = "def add(first"
         ids = np.array([found.tokenizer.encode(text)])
         with ryzen_compile.load(shared_artifact(tmp_path_factory)) as loaded:
@@ -159,7 +159,7 @@ def test_a_failed_capture_leaves_the_model_as_it_was() -> None:
 
 @pytest.fixture(scope="module")
 def unchecked(model: nn.Module) -> Iterator[CompiledModel]:
-    with ryzen_compile.optimize(model, verify=False) as found:
+    with ryzen_compile.optimize(model, "fp32", verify=False) as found:
         yield found
 
 
@@ -174,7 +174,7 @@ def test_without_the_gate_the_result_is_the_same(unchecked: CompiledModel, compi
 def test_the_eager_backend_generates_but_saves_nothing(
     model: nn.Module, compiled: CompiledModel, tmp_path: Path
 ) -> None:
-    with ryzen_compile.optimize(model, backend="eager", verify=False) as eager:
+    with ryzen_compile.optimize(model, "fp32", backend="eager", verify=False) as eager:
         assert eager.engine.name == "eager"
         assert greedy(eager) == greedy(compiled)
         with pytest.raises(errors.UsageError, match=r"'eager' engine, has nothing to save; .*onnxruntime backend"):
@@ -202,7 +202,7 @@ def test_a_plain_module_needs_a_context_only_if_it_does_not_say(tmp_path: Path) 
     torch.manual_seed(0)
     nano = NanoDecoder(width=32, heads=2, layers=1).eval()
     randomize(nano)
-    with ryzen_compile.optimize(nano, verify=False) as found:
+    with ryzen_compile.optimize(nano, "fp32", verify=False) as found:
         assert found.spec.context == CONTEXT
         ids, expected = PROMPT, PROMPT
         for _ in range(NEW):
@@ -220,7 +220,7 @@ def test_a_plain_module_needs_a_context_only_if_it_does_not_say(tmp_path: Path) 
     ("arguments", "error", "message"),
     [
         ({"recipe": "fp23"}, errors.ConfigError, "there is no recipe 'fp23'; did you mean 'fp32'?"),
-        ({"recipe": "zstd"}, errors.ConfigError, "there is no recipe 'zstd'; recipes are fp32"),
+        ({"recipe": "zstd"}, errors.ConfigError, "there is no recipe 'zstd'; recipes are int4, int8, .*fp32"),
         ({"logits": "lst"}, errors.ConfigError, "logits: Input should be 'last' or 'all', got 'lst'"),
         ({"context": 0}, errors.ConfigError, "context: Input should be greater than or equal to 1, got 0"),
         ({"context": "many"}, errors.ConfigError, "context: Input should be a valid integer.*got 'many'"),
@@ -281,7 +281,7 @@ def test_the_documented_pass_fires_before_the_recipes_own(
     documented: tuple[ModuleType, str], decoder: nn.Module
 ) -> None:
     passes = [documented[0].FuseSquaredRelu(), *default_passes(Recipe())]
-    with ryzen_compile.optimize(decoder, passes=passes) as found:
+    with ryzen_compile.optimize(decoder, "fp32", passes=passes) as found:
         first = found.report.records[0]
         assert (first.name, first.status, len(first.hits), first.misses) == ("fuse_squared_relu", "applied", 1, ())
         assert first.ops["ryzen.activation"] == 1 and "aten.relu" not in first.ops
@@ -314,7 +314,7 @@ def test_a_pass_that_moves_the_logits_is_rolled_back(decoder: nn.Module) -> None
         def rewrite(self, edit: Any, m: torch.fx.Node) -> None:
             edit.replace(m, m.args[0])
 
-    with ryzen_compile.optimize(decoder, passes=[DropRelu(), *default_passes(Recipe())]) as found:
+    with ryzen_compile.optimize(decoder, "fp32", passes=[DropRelu(), *default_passes(Recipe())]) as found:
         first = found.report.records[0]
         assert first.status == "rolled back" and not first.hits
         assert re.search(r"logits moved by [\d.e+-]+ .*first in model\.layers\.0\.mlp", first.detail)

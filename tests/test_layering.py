@@ -23,8 +23,9 @@ LAYERS = (
     ("capture", "pipeline", "backends", "runtime", "validate", "train"),
     ("report",),
     ("passes",),
-    ("edit", "verify", "probe", "interpret", "ops", "numerics", "kernels", "program", "mask_spec"),
-    ("source", "safetensors_header", "publish", "manifest", "spec", "shapes", "config", "errors"),
+    ("edit", "verify", "probe", "interpret", "ops", "kernels", "program", "mask_spec"),
+    ("source", "quantized_checkpoint", "safetensors_header"),
+    ("numerics", "text", "publish", "manifest", "spec", "shapes", "config", "errors"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

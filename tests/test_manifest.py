@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import fcntl
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ryzen_compile.errors import ArtifactError, RyzenCompileError, TamperedError, UnsafeError, UsageError
+from ryzen_compile import manifest as subject
+from ryzen_compile.errors import (
+    ArtifactError,
+    BusyError,
+    ResourceError,
+    RyzenCompileError,
+    TamperedError,
+    UnsafeError,
+    UsageError,
+)
 from ryzen_compile.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     name_fault,
     read_manifest,
+    require_writable,
     shown,
+    tuned,
+    update_tuning,
     verify_files,
     write_manifest,
 )
@@ -181,3 +197,134 @@ def test_shown_escapes_and_cuts() -> None:
     assert shown("a\n\x1b[0m\udc80") == r"'a\n\x1b[0m\udc80'"
     assert len(shown("ä" * 10_000_000)) == 100
     assert shown("x" * 98) == f"'{'x' * 98}'"
+
+
+# --- figures of machines ----------------------------------------------------------------------------------------------
+def test_tuning_is_added_and_nothing_else_changes(artifact: Path) -> None:
+    rewrite(artifact, big=12345678901234567890, small=1e-300, text="käse\u2028", unknown={"kept": [None, True, 0.1]})
+    before = read_manifest(artifact)
+    (artifact / MANIFEST_NAME).chmod(0o640)
+    update_tuning(artifact, "zen4-2c-32M", {"threads": 2})
+    written = update_tuning(artifact, "zen5-8c-64M", {"threads": 4})
+    after = read_manifest(artifact)
+    assert after == written
+    assert tuned(after) == {"zen4-2c-32M": {"threads": 2}, "zen5-8c-64M": {"threads": 4}}
+    assert {name: value for name, value in after.items() if name != "tuned"} == before
+    assert verify_files(artifact, after) == ()
+    assert (artifact / MANIFEST_NAME).stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in artifact.iterdir()) == [
+        "model.onnx",
+        "model.onnx.data",
+        MANIFEST_NAME,
+        "templates",
+    ]
+
+
+def test_tuning_again_replaces_that_machines_figures(artifact: Path) -> None:
+    update_tuning(artifact, "zen4-2c-32M", {"threads": 2, "old": 1})
+    update_tuning(artifact, "zen4-2c-32M", {"threads": 1})
+    assert tuned(read_manifest(artifact)) == {"zen4-2c-32M": {"threads": 1}}
+
+
+def test_writers_at_the_same_time_all_get_in(artifact: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from ryzen_compile.manifest import update_tuning\n"
+        "for i in range(5): update_tuning(Path(sys.argv[1]), f'{sys.argv[2]}-{i}', {'i': i})"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", code, str(artifact), name]) for name in "ab"]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda i: update_tuning(artifact, f"own-{i}", {"i": i}), range(9)))
+    assert [child.wait(60) for child in children] == [0, 0]
+    names = {f"own-{i}" for i in range(9)} | {f"{name}-{i}" for name in "ab" for i in range(5)}
+    assert set(tuned(read_manifest(artifact))) == names
+    assert not list(artifact.glob(".*"))
+
+
+def test_a_held_lock_is_waited_for_and_then_given_up(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "LOCK_SECONDS", 0.05)
+    before = (artifact / MANIFEST_NAME).read_bytes()
+    holder = os.open(artifact, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        for attempt in (lambda: update_tuning(artifact, "k", {}), lambda: require_writable(artifact)):
+            with pytest.raises(BusyError, match="another process is changing"):
+                attempt()
+    finally:
+        os.close(holder)
+    assert (artifact / MANIFEST_NAME).read_bytes() == before
+    require_writable(artifact)
+    update_tuning(artifact, "k", {})
+
+
+def test_a_failed_write_leaves_the_old_manifest(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (artifact / MANIFEST_NAME).read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(subject.os, "replace", full)
+    with pytest.raises(ResourceError, match=r"cannot write ryzen_compile\.json: No space left"):
+        update_tuning(artifact, "k", {})
+    assert (artifact / MANIFEST_NAME).read_bytes() == before
+    assert not list(artifact.glob(".*"))
+
+
+def test_what_a_killed_writer_left_is_ignored_and_swept(artifact: Path) -> None:
+    left = artifact / f".{MANIFEST_NAME}.0123456789abcdef"
+    left.write_text("{half")
+    assert verify_files(artifact, read_manifest(artifact)) == ()
+    update_tuning(artifact, "k", {})
+    assert not left.exists()
+
+
+def test_an_export_that_comes_between_wins(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = artifact.parent / "other"
+    other.mkdir()
+    (other / "model.onnx").write_bytes(b"another graph")
+    write_manifest(other, {})
+    reading = subject.read_manifest
+
+    def read_then_replaced(directory: Path) -> dict[str, Any]:
+        found = reading(directory)
+        artifact.rename(artifact.parent / "old")
+        other.rename(artifact)
+        return found
+
+    monkeypatch.setattr(subject, "read_manifest", read_then_replaced)
+    with pytest.raises(BusyError, match="was replaced meanwhile"):
+        update_tuning(artifact, "k", {})
+    monkeypatch.undo()
+    for directory in (artifact, artifact.parent / "old"):
+        assert "tuned" not in read_manifest(directory)
+
+
+@pytest.mark.parametrize("key", ["", "a\nb", "x" * 101, "\x1b[31m"])
+def test_odd_keys_of_machines(artifact: Path, key: str) -> None:
+    with pytest.raises(UsageError, match="1 to 100 printable characters"):
+        update_tuning(artifact, key, {})
+
+
+@pytest.mark.parametrize("facts", [{"x": float("inf")}, {"x": object()}])
+def test_figures_that_are_not_json(artifact: Path, facts: dict[str, Any]) -> None:
+    before = (artifact / MANIFEST_NAME).read_bytes()
+    with pytest.raises(UsageError, match="not JSON"):
+        update_tuning(artifact, "k", facts)
+    assert (artifact / MANIFEST_NAME).read_bytes() == before
+
+
+def test_figures_of_too_many_machines(artifact: Path) -> None:
+    rewrite(artifact, tuned={str(i): {} for i in range(100)})
+    update_tuning(artifact, "7", {"again": True})
+    with pytest.raises(ArtifactError, match="101 entries, the limit is 100"):
+        update_tuning(artifact, "one more", {})
+    rewrite(artifact, tuned=[1])
+    with pytest.raises(ArtifactError, match="not a table of machines: list"):
+        update_tuning(artifact, "k", {})
+
+
+def test_there_must_be_an_artifact_to_tune(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"holds no ryzen_compile\.json"):
+        update_tuning(tmp_path, "k", {})
+    for wrong in (tmp_path / "absent", Path(__file__)):
+        with pytest.raises(ArtifactError, match="cannot open"):
+            update_tuning(wrong, "k", {})

@@ -37,7 +37,7 @@ def test_weights_are_the_users_own_storage(nano: tuple[nn.Module, Program]) -> N
     stores = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
     named = dict(model.named_parameters(remove_duplicate=False))
     for placeholder, name in program.weight_names.items():
-        own = named.get(name.removeprefix("model_to_capture."))
+        own = named.get(name)
         if own is not None:
             assert program.weights[placeholder].data_ptr() == own.data_ptr()
     assert {p.data_ptr() for p in model.parameters()} <= set(tensors(program).values()) <= stores

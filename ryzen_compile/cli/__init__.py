@@ -19,7 +19,8 @@ from typing import Annotated
 
 import typer
 
-from ryzen_compile.cli import bench, doctor, env, explain, export, generate, passes, recipes
+from ryzen_compile.cli import bench, doctor, env, explain, export, generate, passes, recipes, tune
+from ryzen_compile.cli import eval as evaluation
 from ryzen_compile.cli.failure import INTERRUPTED, PIPE_CLOSED, TERMINATED, Failure, describe, show_warning
 
 PROGRAM = "ryzen-compile"
@@ -29,6 +30,8 @@ COMMANDS = (
     export.export,
     generate.generate,
     bench.bench,
+    evaluation.eval,
+    tune.tune,
     explain.explain,
     passes.passes,
     recipes.recipes,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ryzen_compile.cli.defaults import DEFAULT_RECIPE
+
 if TYPE_CHECKING:
     from ryzen_compile.runtime.engine import Engine
     from ryzen_compile.validate.latency import Timing
@@ -25,7 +27,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", min=1, help="Threads; default: usable cores.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Recipe, when TARGET is no artifact.")] = "fp32",
+    recipe: Annotated[str, typer.Option(help="Recipe, when TARGET is no artifact.")] = DEFAULT_RECIPE,
     form: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
     seed: Annotated[int, typer.Option(help="Of the random ids and weights.")] = 0,
 ) -> None:

@@ -45,7 +45,9 @@ def _checks() -> list:
     here = machine.read_machine()
     return [
         checks.check_isa(here),
+        checks.check_kernels(here),
         checks.check_cores(here),
+        checks.check_topology(here),
         checks.check_quota(here),
         checks.check_memory(here),
         checks.check_versions(),

@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from ryzen_compile.cli import output
+from ryzen_compile.cli.defaults import DEFAULT_RECIPE
 
 
 def explain(
     target: Annotated[str, typer.Argument(help="An artifact directory, a model directory or a hub id.")],
-    recipe: Annotated[str, typer.Option(help="Recipe, when TARGET is a model.")] = "fp32",
+    recipe: Annotated[str, typer.Option(help="Recipe, when TARGET is a model.")] = DEFAULT_RECIPE,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: output.JsonFlag = False,
@@ -33,7 +34,7 @@ def explain(
             typer.echo(stored.read_text(encoding="utf-8") if stored.exists() else json.dumps(found.report, indent=2))
             output.stderr().print(f"from {directory / REPORT_NAME}", markup=False)
         return
-    from ryzen_compile.api import read_source, rewrite
+    from ryzen_compile.api import read_calibration, read_source, rewrite
     from ryzen_compile.cli.narrate import narrated
     from ryzen_compile.config import find_recipe
     from ryzen_compile.pipeline import default_passes
@@ -41,7 +42,14 @@ def explain(
     chosen = find_recipe(recipe)
     with narrated(len(default_passes(chosen)), quiet=quiet or as_json) as progress:
         source = read_source(target, progress=progress)
-        _, report = rewrite(source.model, chosen, verify=not no_verify, progress=progress)
+        _, report = rewrite(
+            source.model,
+            chosen,
+            calibration=read_calibration(source, chosen, progress=progress),
+            given=source.quantized,
+            verify=not no_verify,
+            progress=progress,
+        )
     if as_json:
         output.print_json(report.to_json())
     else:

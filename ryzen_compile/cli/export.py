@@ -8,14 +8,28 @@ from typing import Annotated
 import typer
 
 from ryzen_compile.cli import output
+from ryzen_compile.cli.defaults import DEFAULT_RECIPE
 
 
 def export(
     model: Annotated[str, typer.Argument(help="Model directory or hub id (safetensors).")],
     out: Annotated[Path, typer.Argument(help="Directory to create.")],
-    recipe: Annotated[str, typer.Option(help="How to optimize: see `ryzen-compile recipes`.")] = "fp32",
+    recipe: Annotated[str, typer.Option(help="How to optimize: see `ryzen-compile recipes`.")] = DEFAULT_RECIPE,
     context: Annotated[int | None, typer.Option(min=1, help="Positions to make it for; default: the model's.")] = None,
     logits: Annotated[str | None, typer.Option(help="'last' (generation) or 'all' (scoring text).")] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Mix the recipe's format with the next wider one up to these bits per weight.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="REGEX=SETTING[,SETTING] for weights by name: '4', '8', 'block=32', 'method=hqq', 'float'."),
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Text for methods that look at activations: a file, a directory, or 'builtin'.")
+    ] = "builtin",
+    prefill: Annotated[
+        str | None, typer.Option(help="'shared' or 'int8': a second form of the weights, for prompts.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate after each pass.")] = False,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
@@ -27,16 +41,24 @@ def export(
     """Capture MODEL, rewrite it pass by pass under the parity gate, and write an ONNX artifact to OUT."""
     from ryzen_compile.api import export as write
     from ryzen_compile.cli.narrate import narrated
-    from ryzen_compile.config import find_recipe
+    from ryzen_compile.config import find_recipe, parse_overrides
     from ryzen_compile.pipeline import default_passes
     from ryzen_compile.validate.table import human_size
 
-    chosen = find_recipe(recipe, context=context, logits=logits)
+    chosen = find_recipe(
+        recipe,
+        context=context,
+        logits=logits,
+        prefill=prefill,
+        target_bits=target_bits,
+        overrides=parse_overrides(override) if override else None,
+    )
     with narrated(len(default_passes(chosen)), quiet=quiet or as_json) as progress:
         report = write(
             model,
             out,
             chosen,
+            calibration=calibration,
             force=force,
             verify=not no_verify,
             trust_remote_code=trust_remote_code,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 STEPS = {
     "load": "loading weights",
+    "calibration": "reading the calibration text",
     "capture": "capturing the graph",
     "reference": "computing the float64 reference",
     "compile": "opening the session",

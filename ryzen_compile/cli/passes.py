@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from ryzen_compile.cli import output
+from ryzen_compile.cli.defaults import DEFAULT_RECIPE
 
 
 def passes(
-    recipe: Annotated[str, typer.Option(help="Whose passes.")] = "fp32",
+    recipe: Annotated[str, typer.Option(help="Whose passes.")] = DEFAULT_RECIPE,
     as_json: output.JsonFlag = False,
 ) -> None:
     """List the passes in the order they run, with what each promises and does."""

@@ -7,9 +7,10 @@ Shape letters: ``B`` batch, ``T`` new tokens, ``S`` cache capacity, ``H`` heads,
 ``C`` model dim, ``F`` ffn dim, ``V`` vocab.
 """
 
-from ryzen_compile.ops.activation import ACTIVATIONS, activate, activation
+from ryzen_compile.ops.activation import ACTIVATIONS, activate, activation, gated_activation
 from ryzen_compile.ops.attention import attention, cached_attention
-from ryzen_compile.ops.linear import gated_linear, linear_act
+from ryzen_compile.ops.embedding import embedding_nbits
+from ryzen_compile.ops.linear import gated_linear, linear_act, linear_nbits
 from ryzen_compile.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from ryzen_compile.ops.rotary import rotary
 
@@ -21,9 +22,12 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cached_attention",
+    "embedding_nbits",
+    "gated_activation",
     "gated_linear",
     "layer_norm",
     "linear_act",
+    "linear_nbits",
     "rms_norm",
     "rotary",
 ]

@@ -1,4 +1,4 @@
-"""The activation functions by name, alone (``ryzen::activation``) and for the linear operators that carry one.
+"""The activation functions by name: alone, gating the other half of a tensor, and for the linears that carry one.
 
 ``gelu`` is the exact form, ``gelu_tanh`` the tanh approximation (Hendrycks and Gimpel, 2016), ``quick_gelu`` is
 ``x * sigmoid(1.702 x)``, ``silu`` is ``x * sigmoid(x)``, ``relu2`` the squared ReLU (Primer, 2021).
@@ -41,3 +41,18 @@ def activation(x: Tensor, act: str) -> Tensor:
 @activation.register_fake
 def _(x: Tensor, act: str) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("ryzen::gated_activation", mutates_args=())
+def gated_activation(x: Tensor, act: str) -> Tensor:
+    """``x`` (..., 2F), the gate's F channels and then the other half; returns ``act(gate) * other`` (..., F).
+
+    SwiGLU and GeGLU (Shazeer, 2020) behind a product that does not carry them.
+    """
+    gate, other = x.chunk(2, dim=-1)
+    return activate(gate, act) * other
+
+
+@gated_activation.register_fake
+def _(x: Tensor, act: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))

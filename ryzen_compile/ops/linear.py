@@ -1,6 +1,7 @@
-"""Linear layers with their epilogue: ``act(x Wᵀ + b)``, and the gated form ``act(x Wgᵀ) * (x Wuᵀ)``.
+"""Linear layers: with an epilogue, ``act(x Wᵀ + b)`` and the gated ``act(x Wgᵀ) * (x Wuᵀ)``, and over integer blocks.
 
-The gated form is SwiGLU/GeGLU (Shazeer, 2020) on one merged weight: a single read of ``x``.
+The gated form is SwiGLU/GeGLU (Shazeer, 2020) on one merged weight: a single read of ``x``. ``linear_nbits`` multiplies
+by a weight of 2, 4 or 8 bits with a scale for every ``block`` of input channels; activations stay as they are.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ryzen_compile.numerics.blockwise import BlockTensor
 from ryzen_compile.ops.activation import activate
 
 
@@ -33,3 +35,23 @@ def gated_linear(x: Tensor, weight: Tensor, act: str) -> Tensor:
 @gated_linear.register_fake
 def _(x: Tensor, weight: Tensor, act: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+
+
+@torch.library.custom_op("ryzen::linear_nbits", mutates_args=())
+def linear_nbits(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, block: int
+) -> Tensor:
+    """``x`` (..., C), a weight (N, C) as a ``BlockTensor`` stores it, ``bias`` (N,) or none; returns (..., N).
+
+    ``packed`` (N, ceil(C / block), block * bits / 8) uint8, ``scales`` (N, ceil(C / block)) float32, ``zeros`` packed
+    zero points (N, ceil(ceil(C / block) * bits / 8)) uint8, or none for symmetric codes. ``bits`` are those stored.
+    """
+    weight = BlockTensor.stored(packed, scales, zeros, bits, block, x.shape[-1]).dequantize()
+    return functional.linear(x, weight.to(x.dtype), bias)
+
+
+@linear_nbits.register_fake
+def _(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, block: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))

@@ -55,8 +55,10 @@ class Pass(ABC):
 
     name: ClassVar[str]
     promise: ClassVar[Promise] = "exact"
+    max_kl: float = 0.0  # a lossy pass's budget: mean KL divergence to the captured model, nats per token
     produces: ClassVar[frozenset[str]] = frozenset()
     required: ClassVar[bool] = False  # without it nothing can run: a failure is an error
+    works_on: ClassVar[str] = "such operator"  # what a required pass rewrites, in words
     builds_on: ClassVar[str] = ""  # the pass whose misses explain why this one found nothing
 
     @abstractmethod

@@ -51,6 +51,7 @@ class InsertKVCache(Pass):
     name: ClassVar[str] = "insert_kv_cache"
     produces: ClassVar[frozenset[str]] = frozenset({"ryzen::cached_attention"})
     required: ClassVar[bool] = True
+    works_on: ClassVar[str] = "attention"
     builds_on: ClassVar[str] = "fuse_attention"
 
     def run(self, program: Program) -> PassResult:

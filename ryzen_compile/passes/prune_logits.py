@@ -21,8 +21,9 @@ from ryzen_compile.passes.base import Pass, PassResult, Site
 from ryzen_compile.program import Program, is_call, module_path, shape
 
 aten = torch.ops.aten
-TOKEN_WISE = (aten.mul, aten.div, aten.add, aten.sub, aten.tanh, aten._to_copy, aten.neg)
-HEADS = (aten.linear, torch.ops.ryzen.linear_act)
+TOKEN_WISE = (aten.mul, aten.div, aten.add, aten.sub, aten.tanh, aten._to_copy, aten.neg,
+              torch.ops.ryzen.activation)  # fmt: skip
+HEADS = (aten.linear, torch.ops.ryzen.linear_act, torch.ops.ryzen.linear_nbits)
 
 
 class PruneLogits(Pass):
@@ -34,10 +35,7 @@ class PruneLogits(Pass):
         edit = Edit(program, self.name)
         logits = edit.program.outputs[0]
         tokens = shape(edit.program.inputs[0])[1]
-        chain, head = [], logits
-        while is_call(head, *TOKEN_WISE) and _one_tensor(head):
-            chain.append(head)
-            head = next(a for a in head.args if isinstance(a, fx.Node))
+        head, chain = head_chain(logits)
         if not is_call(head, *HEADS):
             return PassResult(program, misses=(Site(head.name, module_path(head), "the output is not a linear head"),))
         hidden = head.args[0]
@@ -52,6 +50,15 @@ class PruneLogits(Pass):
             value = edit.call(node.target, *args, before=logits)
         edit.set_output(0, value)
         return PassResult(edit.finish(), (Site(head.name, module_path(head)),))
+
+
+def head_chain(logits: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """The node that makes the logits, and what is done to them one by one after it, last first."""
+    chain, head = [], logits
+    while is_call(head, *TOKEN_WISE) and _one_tensor(head):
+        chain.append(head)
+        head = next(a for a in head.args if isinstance(a, fx.Node))
+    return head, chain
 
 
 def _one_tensor(node: fx.Node) -> bool:

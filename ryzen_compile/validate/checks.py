@@ -8,18 +8,35 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from ryzen_compile.validate.machine import Machine
+from ryzen_compile.validate.machine import Machine, cpu_key
 
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 SMALLEST_MEMORY = 1 * GIB
 COMFORTABLE_MEMORY = 4 * GIB
+# From the best to the least: what has to be there, what it is called, and what is lost against the best.
+_SLOWER_SUMS = (
+    "without VNNI each int8 product takes three instructions instead of one, so prompts and batches lose most of the "
+    "gain of integers; a single row, bound by memory, loses less"
+)
+KERNEL_PATHS: tuple[tuple[frozenset[str], str, str], ...] = (
+    (frozenset({"avx512f", "avx512_vnni"}), "AVX-512 VNNI", ""),
+    (
+        frozenset({"avx2", "avx_vnni"}),
+        "AVX2 VNNI",
+        "vectors of 32 instead of 64 bytes: prompts take up to twice as long, a single row is bound by memory",
+    ),
+    (frozenset({"avx512f"}), "AVX-512", _SLOWER_SUMS),
+    (frozenset({"avx2"}), "AVX2", _SLOWER_SUMS),
+    (frozenset({"asimddp", "i8mm"}), "NEON int8 matrix", ""),
+    (frozenset({"asimddp"}), "NEON dot product", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,47 @@ def check_cores(machine: Machine) -> Check:
     if cpu.cores is not None and limits.affinity_cores < cpu.cores:
         return Check("cores", "warn", detail, "affinity leaves out cores: see taskset -p, or the container's cpuset")
     return Check("cores", "pass", detail)
+
+
+def check_topology(machine: Machine) -> Check:
+    """Which processors are one core and which share a cache: threads of one group exchange data without the memory."""
+    found = machine.topology
+    if not found.cores:
+        return Check("topology", "pass", f"not told by this system; tuned figures are kept as {cpu_key(machine)}")
+    groups = [f"{group.size / MIB:g} MiB for {_ranges(group.cpus)}" for group in found.caches]
+    parts = [
+        f"{len(found.cores)} cores x {found.threads_per_core} threads online",
+        f"last-level cache: {', '.join(groups) or 'not told'}",
+        f"allowed: {_ranges(machine.limits.affinity)}",
+    ]
+    if found.offline:
+        parts.append(f"offline: {_ranges(found.offline)}")
+    return Check("topology", "pass", "; ".join([*parts, f"tuned figures are kept as {cpu_key(machine)}"]))
+
+
+def check_kernels(machine: Machine) -> Check:
+    """The path of ONNX Runtime's product with quantized weights (int8 activations) on these instruction sets."""
+    has = frozenset(machine.cpu.isa)
+    for needed, name, lost in KERNEL_PATHS:
+        if needed <= has:
+            return Check("int8 kernels", "pass", f"quantized weights run on {name}" + (f"; {lost}" if lost else ""))
+    return Check(
+        "int8 kernels",
+        "warn",
+        "no integer kernel for this processor: quantized weights are unpacked and multiplied in float32",
+        "expect less memory but no speed from int8 and int4; in a virtual machine, pass the host's CPU",
+    )
+
+
+def _ranges(cpus: Sequence[int]) -> str:
+    """``processors 0-3,8``: the kernel's notation; ``none`` for an empty list."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ("processors " + ",".join(f"{a}-{b}" if a != b else f"{a}" for a, b in runs)) if runs else "none"
 
 
 def check_quota(machine: Machine) -> Check:

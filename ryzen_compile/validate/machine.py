@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+import re
 import statistics
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import archspec.cpu
@@ -22,13 +24,15 @@ import psutil
 
 from ryzen_compile.errors import MemoryLimitError, UsageError
 
-# The instruction sets that decide which matrix kernels ONNX Runtime and oneDNN pick.
-ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16")
+# The instruction sets that decide which matrix kernels ONNX Runtime and oneDNN pick; the last two are ARM's.
+ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16",
+       "asimddp", "i8mm")  # fmt: skip
 LIBRARIES = (
     "ryzen-compile", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-genai",
     "numpy", "safetensors", "tokenizers", "huggingface_hub", "triton",
 )  # fmt: skip
 ROOT = Path("/")
+CPUS = "sys/devices/system/cpu"
 UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a page-rounded 2**63 - 1
 
 
@@ -43,6 +47,32 @@ class Cpu:
     cores: int | None
     threads: int
     l3_bytes: int | None
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """Logical processors that share one last-level cache (on Ryzen: a core complex), and its size in bytes."""
+
+    cpus: tuple[int, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Who shares what, in numbers of logical processors, of those that are online.
+
+    ``cores`` has one entry a physical core, its hardware threads in order; ``caches`` one a last-level cache. Both are
+    empty where the system does not say. ``offline`` exist and are switched off.
+    """
+
+    cores: tuple[tuple[int, ...], ...] = ()
+    caches: tuple[CacheGroup, ...] = ()
+    offline: tuple[int, ...] = ()
+
+    @property
+    def threads_per_core(self) -> int:
+        """The most hardware threads that a core has; 1 where nothing is known."""
+        return max((len(core) for core in self.cores), default=1)
 
 
 @dataclass(frozen=True)
@@ -66,12 +96,26 @@ class Machine:
     system: str
     python: str
     versions: dict[str, str | None]
+    topology: Topology = field(default_factory=Topology)
 
     @property
     def usable_cores(self) -> int:
         """Physical cores this process may keep busy: by affinity and the quota rounded down, at least 1."""
         cores, quota = self.limits.affinity_cores, self.limits.cpu_quota
         return cores if quota is None else max(1, min(cores, math.floor(quota)))
+
+    @property
+    def usable_threads(self) -> int:
+        """Logical processors this process may keep busy: by affinity and the quota rounded down, at least 1."""
+        threads, quota = len(self.limits.affinity), self.limits.cpu_quota
+        return threads if quota is None else max(1, min(threads, math.floor(quota)))
+
+    @property
+    def usable_l3_bytes(self) -> int | None:
+        """Bytes of the last-level caches that the allowed processors sit on; all of them where groups are unknown."""
+        allowed = set(self.limits.affinity)
+        reached = [group.size for group in self.topology.caches if allowed.intersection(group.cpus)]
+        return sum(reached) or self.cpu.l3_bytes
 
     @property
     def usable_memory(self) -> int:
@@ -91,7 +135,18 @@ def read_machine() -> Machine:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         versions=read_versions(),
+        topology=read_topology(),
     )
+
+
+def cpu_key(machine: Machine) -> str:
+    """What tuned figures are kept under: ``zen4-2c-32M`` is a Zen 4 of which 2 cores and 32 MiB of cache are usable.
+
+    The last part is absent where the cache's size is unknown. Affinity and quota count: the same processor with other
+    limits is another machine to tune for.
+    """
+    cores, cache = f"{machine.cpu.microarchitecture}-{machine.usable_cores}c", machine.usable_l3_bytes
+    return cores if cache is None else f"{cores}-{cache / (1 << 20):g}M"
 
 
 def read_cpu() -> Cpu:
@@ -110,12 +165,15 @@ def read_cpu() -> Cpu:
 
 def read_l3(root: Path = ROOT) -> int | None:
     """Bytes of last-level cache over all sockets and core complexes, each shared cache counted once (Linux)."""
-    shared: dict[str, int] = {}
-    for cache in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3"):
-        size, users = _read(cache / "size"), _read(cache / "shared_cpu_list")
-        if size is not None and users is not None and size.endswith("K") and size[:-1].isdigit():
-            shared[users] = int(size[:-1]) * 1024
-    return sum(shared.values()) or None
+    return sum(group.size for group in _cache_groups(root)) or None
+
+
+def read_topology(root: Path = ROOT) -> Topology:
+    """Cores, their hardware threads and the caches they share, from /sys (Linux; elsewhere nothing is known)."""
+    cpus = _cpu_numbers(root)
+    listed = _read(root / CPUS / "online")
+    online = sorted(cpus if listed is None else cpus & set(_cpu_list(listed)))
+    return Topology(_cores(online, root), _cache_groups(root), tuple(sorted(cpus - set(online))))
 
 
 def read_limits(root: Path = ROOT) -> Limits:
@@ -215,12 +273,47 @@ def _memory_limit(group: Path) -> int | None:
 
 def _distinct_cores(affinity: tuple[int, ...], root: Path) -> int:
     """Physical cores behind the allowed threads: two threads of one core count once."""
-    cores = set()
-    for thread in affinity:
-        topology = root / f"sys/devices/system/cpu/cpu{thread}/topology"
-        package, core = _read(topology / "physical_package_id"), _read(topology / "core_id")
-        cores.add((package, core) if package is not None and core is not None else (None, str(thread)))
-    return len(cores)
+    return len(_cores(affinity, root))
+
+
+def _cores(cpus: Sequence[int], root: Path) -> tuple[tuple[int, ...], ...]:
+    """``cpus`` by physical core; one that the system says nothing about is a core of its own."""
+    cores: dict[tuple[str | None, ...], list[int]] = {}
+    for cpu in cpus:
+        topology = root / f"{CPUS}/cpu{cpu}/topology"
+        # Core numbers repeat between packages and, on some processors, between the dies of one.
+        place = tuple(_read(topology / name) for name in ("physical_package_id", "die_id", "core_id"))
+        known = place[0] is not None and place[2] is not None
+        cores.setdefault(place if known else (None, str(cpu)), []).append(cpu)
+    return tuple(tuple(core) for core in cores.values())
+
+
+def _cache_groups(root: Path) -> tuple[CacheGroup, ...]:
+    """Every last-level cache once, in the order of its first processor."""
+    groups: set[CacheGroup] = set()
+    for cpu in _cpu_numbers(root):
+        cache = root / f"{CPUS}/cpu{cpu}/cache/index3"
+        size, users = _read(cache / "size"), _read(cache / "shared_cpu_list")
+        if size is not None and users is not None and size.endswith("K") and size[:-1].isdigit():
+            groups.add(CacheGroup(_cpu_list(users), int(size[:-1]) * 1024))
+    return tuple(sorted(groups, key=lambda group: group.cpus))
+
+
+def _cpu_numbers(root: Path) -> set[int]:
+    """Logical processors that have a directory, switched on or not."""
+    names = (path.name[3:] for path in (root / CPUS).glob("cpu[0-9]*"))
+    return {int(name) for name in names if name.isdigit()}
+
+
+def _cpu_list(text: str) -> tuple[int, ...]:
+    """The kernel's ``0-3,8,10-11`` as numbers; nothing for what is not of that form."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
+        if not found:
+            return ()
+        numbers.extend(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return tuple(numbers)
 
 
 def _read(path: Path) -> str | None:

@@ -17,6 +17,7 @@ import psutil
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
+ROLLUP = Path("/proc/self/smaps_rollup")
 _RESET_PEAK = "5"  # proc(5): resets the high-water mark to the current resident set
 
 _open: list[PeakRss] = []
@@ -34,6 +35,34 @@ class PeakRss:
     def growth_bytes(self) -> int:
         """What the block added at its highest to what was resident when it began."""
         return max(0, self.peak_bytes - self.start_bytes)
+
+
+@dataclass(frozen=True)
+class ResidentSet:
+    """Bytes resident now. ``anonymous`` memory is this process's alone; ``mapped`` pages of files are shared with every
+    process that maps them, and the system may drop and read them again. Both are None where they are not told apart."""
+
+    total: int
+    anonymous: int | None = None
+    mapped: int | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.total / 2**20:.0f} MiB"
+        if self.anonymous is None or self.mapped is None:
+            return text
+        return f"{text} ({self.anonymous / 2**20:.0f} MiB of its own, {self.mapped / 2**20:.0f} MiB of mapped files)"
+
+
+def resident_set(rollup: Path | None = None) -> ResidentSet:
+    """What is resident, by kind (Linux: exact, from ``smaps_rollup``; it takes a millisecond per GiB)."""
+    try:
+        text = (rollup or ROLLUP).read_text()
+    except OSError:
+        return ResidentSet(current_rss_bytes())
+    sizes = {name: int(kib) * 1024 for name, kib in re.findall(r"^(Rss|Anonymous):\s+(\d+) kB", text, re.MULTILINE)}
+    if len(sizes) < 2:
+        return ResidentSet(current_rss_bytes())
+    return ResidentSet(sizes["Rss"], sizes["Anonymous"], sizes["Rss"] - sizes["Anonymous"])
 
 
 def current_rss_bytes() -> int:

@@ -4,6 +4,9 @@ The oracle is the captured graph in float64 on a few probe sequences. A pass tha
 further from it than twice the captured graph in float32 is, plus a floor: the rule by which torch's own compiler is
 tested. It blames the rewrite, not rounding. A cached Program is run as it will be used, a chunk of prompt, a longer
 chunk, single tokens, each row on its own length, so a cache that is off by one is seen too.
+
+A lossy pass is held to a divergence instead, on text where there is some; once accepted, what it made is the reference
+for the passes after it, so that theirs are still blamed for rounding only.
 """
 
 from __future__ import annotations
@@ -15,28 +18,45 @@ import torch
 from torch import Tensor, fx, nn
 
 from ryzen_compile.errors import CaptureError
-from ryzen_compile.interpret import interpret
+from ryzen_compile.interpret import interpret, text_feeds
 from ryzen_compile.program import Program, is_call, module_path
 
 ALLOWANCE = 2.0  # times the captured graph's own float32 error
 FLOOR = 1e-5  # of the logits' scale: errors below it say nothing
 TOKENS = 17
 LONGEST_WINDOW = 64  # up to which the probe sequence is made long enough to leave it
+TEXT_TOKENS = 512  # that a lossy pass is measured on
 CHUNKS = (5, 9, 1, 1)  # how a cached Program is fed the same tokens; the rest comes at once
 
 
 class ParityGate:
     """Built on the captured Program; ``measure`` any rewrite of it.
 
-    ``reference_rmse`` is the captured graph's own distance (float32 to float64) over all logits.
+    ``reference_rmse`` is the reference graph's own distance (float32 to float64) over all logits. ``text`` (B, T) int64
+    is what a lossy pass is measured on; without it, on the probe's random tokens.
     """
 
-    def __init__(self, captured: Program, *, seed: int = 0) -> None:
+    def __init__(self, captured: Program, *, text: Tensor | None = None, seed: int = 0) -> None:
         self._ids = _probe_ids(captured, seed)
-        self._single = full_logits(captured, self._ids)
-        self._double = full_logits(captured, self._ids, double=True)
+        self._captured = captured
+        self._text = self._ids if text is None else _shortened(text)
+        self.rebase(captured)
+
+    def rebase(self, program: Program) -> None:
+        """Makes ``program``, which has no cache yet, the reference of ``measure``."""
+        self._single = full_logits(program, self._ids)
+        self._double = full_logits(program, self._ids, double=True)
         self._scale = max(1.0, float(self._double.square().mean().sqrt()))
         self.reference_rmse = _rmse(self._single, self._double)
+
+    def measure_loss(self, program: Program) -> tuple[float, float]:
+        """(mean KL divergence in nats per token, share of tokens whose most likely successor stays) to the captured
+        model, of a Program without a cache."""
+        reference = torch.log_softmax(full_logits(self._captured, self._text).double(), dim=-1)
+        candidate = torch.log_softmax(full_logits(program, self._text).double(), dim=-1)
+        divergence = (reference.exp() * (reference - candidate)).sum(-1).mean()
+        agreement = (reference.argmax(-1) == candidate.argmax(-1)).double().mean()
+        return float(divergence), float(agreement)
 
     def measure(self, program: Program) -> tuple[float, float, bool]:
         """(rmse to float64, largest difference to the captured float32 logits, whether the rmse is within budget)."""
@@ -92,6 +112,11 @@ def check_capture(model: nn.Module, program: Program) -> None:
         )
 
 
+def _shortened(text: Tensor) -> Tensor:
+    """The first ``TEXT_TOKENS`` or so of ``text``: whole rows, or a part of the first."""
+    return text[: max(1, TEXT_TOKENS // text.shape[1]), :TEXT_TOKENS]
+
+
 def _probe_ids(program: Program, seed: int) -> Tensor:
     """(2, T) random ids; T reaches past twice every window, so that a window that is off by one shows."""
     windows = [n.args[5] for n in program.graph.nodes if is_call(n, torch.ops.ryzen.attention)]
@@ -103,7 +128,7 @@ def _probe_ids(program: Program, seed: int) -> Tensor:
 
 def full_logits(program: Program, ids: Tensor, *, double: bool = False) -> Tensor:
     """(B, T, V) logits of an uncached Program on ``ids`` (B, T), positions from zero."""
-    logits: Tensor = interpret(program, _feeds(program, ids), [program.outputs[0]], double=double)[0]
+    logits: Tensor = interpret(program, text_feeds(program, ids), [program.outputs[0]], double=double)[0]
     return logits
 
 
@@ -128,7 +153,7 @@ def _cached_logits(program: Program, ids: Tensor) -> tuple[Tensor, list[int]]:
         size = min(chunk, tokens - done)
         if size <= 0:
             break
-        feeds = _feeds(program, ids[:, done : done + size], start=done, caches=caches)
+        feeds = text_feeds(program, ids[:, done : done + size], start=done, caches=caches)
         logits, *caches = interpret(program, feeds, list(program.outputs))
         done += size
         rows.extend(range(done - logits.shape[1], done))
@@ -136,26 +161,12 @@ def _cached_logits(program: Program, ids: Tensor) -> tuple[Tensor, list[int]]:
     return torch.cat(collected, dim=1), rows
 
 
-def _feeds(
-    program: Program, ids: Tensor, *, start: int = 0, caches: list[Tensor] | None = None
-) -> dict[fx.Node, Tensor]:
-    batch, tokens = ids.shape
-    given = {
-        "input_ids": ids,
-        "position_ids": torch.arange(start, start + tokens).repeat(batch, 1),
-        "attention_mask": torch.ones((batch, start + tokens), dtype=torch.long),
-    }
-    names = [n.name for n in program.inputs if n.name.startswith("past_key_values_")]
-    given |= dict(zip(names, caches or (), strict=True))
-    return {node: given[node.name] for node in program.inputs}
-
-
 def _watch(program: Program, ids: Tensor, watch: Callable[[fx.Node, Any], object]) -> None:
     def tensors(node: fx.Node, value: Any) -> None:
         if not is_call(node, torch.ops.aten.sym_size):
             watch(node, value)
 
-    interpret(program, _feeds(program, ids), [program.outputs[0]], watch=tensors)
+    interpret(program, text_feeds(program, ids), [program.outputs[0]], watch=tensors)
 
 
 def _rmse(a: Tensor, b: Tensor) -> float:

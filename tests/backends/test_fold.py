@@ -12,6 +12,7 @@ import pytest
 
 from ryzen_compile.backends.onnxruntime import fold
 from ryzen_compile.backends.onnxruntime.emit import Emitter
+from ryzen_compile.backends.onnxruntime.weights_file import WeightsFiles
 
 W = np.arange(24, dtype=np.float32).reshape(4, 6) / 7 + 1
 V = np.linspace(-1, 2, 24, dtype=np.float32).reshape(4, 6)
@@ -103,7 +104,7 @@ def test_every_kind_of_node_folds_to_what_the_runtime_computes(tmp_path):
             assert {node.op_type for node in model.graph} == {"Add"}
         directory = tmp_path / str(folding)
         directory.mkdir()
-        fold.write(model, directory)
+        WeightsFiles(directory).write(model, "model.onnx")
         results[folding] = run(directory / "model.onnx")
     for index, (plain, folded) in enumerate(zip(results[False], results[True], strict=True)):
         np.testing.assert_allclose(folded, plain, rtol=1e-6, atol=1e-7, err_msg=f"expression {index}")
@@ -140,18 +141,18 @@ def test_nothing_is_computed_until_written_and_sources_are_dropped(tmp_path):
     assert weights.reads == 0
     (name,) = model.graph.initializers
     assert model.graph.initializers[name].shape == ir.Shape([6, 8])
-    fold.write(model, tmp_path)
+    WeightsFiles(tmp_path).write(model, "model.onnx")
     assert weights.reads == 2
     np.testing.assert_array_equal(run(tmp_path / "model.onnx")[0], np.concatenate((W, V)).T)
 
 
 def test_writing_takes_memory_for_about_one_tensor(tmp_path):
     layers, half = 6, np.ones((256, 512), np.float32)
-    weights = Weights(**{f"{half_name}{i}": half for i in range(layers) for half_name in "qk"})
+    weights = Weights(**{f"{half_name}{i}": (i + 1) * half for i in range(layers) for half_name in "qk"})
     model = merged(weights, layers)
     fold.fold_constants(model.graph)
     tracemalloc.start()
-    fold.write(model, tmp_path)
+    WeightsFiles(tmp_path).write(model, "model.onnx")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (tmp_path / "model.onnx.data").stat().st_size == layers * 2 * half.nbytes
@@ -164,7 +165,7 @@ def test_the_file_is_aligned_and_the_same_every_time(decoder, tmp_path):
     digests = set()
     for attempt in ("a", "b"):
         (tmp_path / attempt).mkdir()
-        fold.write(lower(decoder), tmp_path / attempt)
+        WeightsFiles(tmp_path / attempt).write(lower(decoder), "model.onnx")
         files = sorted((tmp_path / attempt).iterdir())
         assert [file.name for file in files] == ["model.onnx", "model.onnx.data"]
         digests.add(tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))

@@ -17,11 +17,12 @@ from torch.nn import functional
 
 from ryzen_compile import ops
 from ryzen_compile.backends.eager import EagerEngine
-from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend, fold
+from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend
 from ryzen_compile.backends.onnxruntime.attention import padded_head_dim
 from ryzen_compile.backends.onnxruntime.lowering import cache_slots, lower
 from ryzen_compile.backends.onnxruntime.rules import RULES
 from ryzen_compile.backends.onnxruntime.session import SessionOptions
+from ryzen_compile.backends.onnxruntime.weights_file import WeightsFiles
 from ryzen_compile.edit import Edit
 from ryzen_compile.errors import UnsupportedError, UsageError
 from ryzen_compile.program import Program
@@ -32,7 +33,7 @@ RTOL, ATOL = 1e-5, 2e-6  # float32, two implementations of the same sums
 
 
 def run(model: ir.Model, directory: Path, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
-    fold.write(model, directory)
+    WeightsFiles(directory).write(model, "model.onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     session = onnxruntime.InferenceSession(directory / "model.onnx", options, providers=["CPUExecutionProvider"])
@@ -163,7 +164,7 @@ def test_llama_layer_is_eight_nodes(lowered):
 
 
 def test_interface_is_what_genai_reads(lowered, tmp_path):
-    fold.write(lowered, tmp_path)
+    WeightsFiles(tmp_path).write(lowered, "model.onnx")
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     shapes = {
         value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]

@@ -115,7 +115,7 @@ def test_an_unknown_recipe_is_refused_before_the_model_is_read(fails: Any, tmp_p
         said = fails(3, "config", *arguments, "--recipe", "fp23")
         assert said == "there is no recipe 'fp23'; did you mean 'fp32'?"
     said = fails(3, "config", "export", absent, tmp_path / "out", "--logits", "some")
-    assert said == "recipe 'fp32': logits: Input should be 'last' or 'all', got 'some'"
+    assert said == "recipe 'int4': logits: Input should be 'last' or 'all', got 'some'"
 
 
 # --- where to write ---------------------------------------------------------------------------------------------------

@@ -15,13 +15,15 @@ import pytest
 
 import ryzen_compile
 from ryzen_compile import cli
-from ryzen_compile.config import RECIPES, Recipe
+from ryzen_compile.cli.defaults import DEFAULT_RECIPE
+from ryzen_compile.config import RECIPES, Recipe, find_recipe
 from ryzen_compile.manifest import read_manifest
 from ryzen_compile.pipeline import default_passes
 from tests.model_directory import listing, shared_artifact, shared_model
 
 PROMPT = "def add(first"
 PASSES = [step.name for step in default_passes(Recipe())]
+DEFAULT_PASSES = [step.name for step in default_passes(find_recipe(DEFAULT_RECIPE))]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def expected(artifact: Path, prompt: str, new: int, **options: Any) -> list[int]
 # --- export -----------------------------------------------------------------------------------------------------------
 def test_export_writes_an_artifact_and_tells_how(run: Any, model: Path, artifact: Path, tmp_path: Path) -> None:
     before = listing(model)
-    out, err = run("export", model, tmp_path / "out", "--context", 64, "--logits", "all")
+    out, err = run("export", model, tmp_path / "out", "--recipe", "fp32", "--context", 64, "--logits", "all")
     lines = out.splitlines()
     assert lines[0].split()[:3] == ["pass", "status", "hits"]
     assert [line.split()[0] for line in lines[1 : len(PASSES)]] == [name for name in PASSES if name != "prune_logits"]
@@ -78,7 +80,7 @@ def test_export_writes_an_artifact_and_tells_how(run: Any, model: Path, artifact
 
 def test_export_as_json_replaces_with_force(run: Any, model: Path, artifact: Path, tmp_path: Path) -> None:
     shutil.copytree(artifact, tmp_path / "out")
-    out, err = run("export", model, tmp_path / "out", "--force", "--no-verify", "--json", "--context", 32)
+    out, err = run("export", model, tmp_path / "out", "--force", "--no-verify", "--json", "--context", 32, "--recipe", "fp32")
     found = json.loads(out)
     assert err == ""
     assert found["artifact"] == str(tmp_path / "out")
@@ -201,7 +203,7 @@ def test_explain_an_artifact_shows_its_report(run: Any, artifact: Path) -> None:
 
 def test_explain_a_model_shows_hits_reasons_and_operators(run: Any, model: Path) -> None:
     before = listing(model)
-    out, err = run("explain", model)
+    out, err = run("explain", model, "--recipe", "fp32")
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line[:1].isalpha()}
     assert set(PASSES) <= set(rows)
     assert rows["insert_kv_cache"][1:3] == ["applied", "2"]
@@ -214,15 +216,21 @@ def test_explain_a_model_shows_hits_reasons_and_operators(run: Any, model: Path)
 
 def test_passes_are_listed_in_order(run: Any) -> None:
     out, err = run("passes")
-    assert [line.split()[:2] for line in out.splitlines()] == [[str(i), name] for i, name in enumerate(PASSES, 1)]
+    assert [line.split()[:2] for line in out.splitlines()] == [[str(i), name] for i, name in enumerate(DEFAULT_PASSES, 1)]
     assert err == ""
-    rows = json.loads(run("passes", "--json")[0])
+    rows = json.loads(run("passes", "--json", "--recipe", "fp32")[0])
     assert [(row["order"], row["name"]) for row in rows] == list(enumerate(PASSES, 1))
-    assert all(row["promise"] in ("exact", "lossy") and len(row["does"]) > 10 for row in rows)
+    assert all(row["promise"] == "exact" and len(row["does"]) > 10 for row in rows)
+    lossy = [row["name"] for row in json.loads(run("passes", "--json")[0]) if row["promise"] == "lossy"]
+    assert lossy == ["quantize_weights"]
 
 
 def test_recipes_are_listed(run: Any) -> None:
     out, err = run("recipes")
-    assert [line.split()[0] for line in out.splitlines()] == [recipe.name for recipe in RECIPES]
+    rows = [line.split(maxsplit=3) for line in out.splitlines()]
+    assert [(row[0], row[3]) for row in rows] == [(recipe.name, recipe.description) for recipe in RECIPES]
+    bits = {row[0]: float(row[1]) for row in rows}  # codes, and a float32 scale and a zero point for each block
+    assert bits["fp32"] == 32 and bits["int4"] == 4 + 32 / 128 and bits["int8"] == 8 + 32 / 128
+    assert bits["int4-accurate"] == pytest.approx(4 + 36 / 32, abs=0.005) and bits["int3-mixed"] == 3.25
     assert err == ""
     assert [Recipe(**row) for row in json.loads(run("recipes", "--json")[0])] == list(RECIPES)

@@ -8,7 +8,7 @@ import pytest
 from ryzen_compile import cli
 from ryzen_compile.cli import doctor
 from ryzen_compile.validate import checks, probe
-from ryzen_compile.validate.machine import Cpu, Limits, Machine
+from ryzen_compile.validate.machine import CacheGroup, Cpu, Limits, Machine, Topology
 
 GIB = 1 << 30
 GOOD = Machine(
@@ -27,6 +27,19 @@ def with_limits(**changed) -> Machine:
     return dataclasses.replace(GOOD, limits=dataclasses.replace(GOOD.limits, **changed))
 
 
+TWO_COMPLEXES = dataclasses.replace(
+    GOOD,
+    topology=Topology(
+        cores=tuple((core, core + 8) for core in range(8)),
+        caches=(
+            CacheGroup((0, 1, 2, 3, 8, 9, 10, 11), 32 << 20),
+            CacheGroup((4, 5, 6, 7, 12, 13, 14, 15), 32 << 20),
+        ),
+        offline=(16, 17, 19),
+    ),
+)
+
+
 def with_isa(*isa: str, system: str = GOOD.system) -> Machine:
     return dataclasses.replace(GOOD, cpu=dataclasses.replace(GOOD.cpu, isa=isa), system=system)
 
@@ -39,7 +52,28 @@ def with_isa(*isa: str, system: str = GOOD.system) -> Machine:
         (checks.check_isa(with_isa(system="Darwin 24 arm64")), "pass", ""),
         (checks.check_cores(GOOD), "pass", "8 cores, 16 threads, 8 cores usable"),
         (checks.check_cores(with_limits(affinity=(0, 1), affinity_cores=1)), "warn", "taskset"),
+        (checks.check_topology(GOOD), "pass", "not told by this system; tuned figures are kept as zen5-8c-64M"),
+        (checks.check_topology(TWO_COMPLEXES), "pass", "8 cores x 2 threads online"),
+        (
+            checks.check_topology(TWO_COMPLEXES),
+            "pass",
+            "32 MiB for processors 0-3,8-11, 32 MiB for processors 4-7,12-15",
+        ),
+        (checks.check_topology(TWO_COMPLEXES), "pass", "allowed: processors 0-15; offline: processors 16-17,19"),
+        (
+            checks.check_topology(dataclasses.replace(GOOD, topology=Topology(cores=((0,), (1,))))),
+            "pass",
+            "2 cores x 1 threads online; last-level cache: not told",
+        ),
+        (checks.check_kernels(with_isa("avx2", "avx512f", "avx512_vnni", "avx_vnni")), "pass", "on AVX-512 VNNI"),
+        (checks.check_kernels(with_isa("avx2", "avx_vnni")), "pass", "on AVX2 VNNI; vectors of 32"),
+        (checks.check_kernels(GOOD), "pass", "on AVX-512; without VNNI each int8 product takes three instructions"),
+        (checks.check_kernels(with_isa("avx2")), "pass", "on AVX2; without VNNI"),
+        (checks.check_kernels(with_isa("asimddp", system="Linux 6 aarch64")), "pass", "on NEON dot product"),
+        (checks.check_kernels(with_isa("asimddp", "i8mm")), "pass", "on NEON int8 matrix"),
+        (checks.check_kernels(with_isa()), "warn", "multiplied in float32"),
         (checks.check_quota(GOOD), "pass", "no processor quota"),
+        (checks.check_quota(with_limits(cpu_quota=1.5)), "warn", "--threads 1"),
         (checks.check_quota(with_limits(cpu_quota=2.5)), "warn", "--threads 2"),
         (checks.check_quota(with_limits(cpu_quota=64.0)), "pass", "64"),
         (checks.check_memory(GOOD), "pass", "48.0 of 64.0 GiB"),
@@ -135,4 +169,4 @@ def test_no_color_is_honoured(monkeypatch, capsys):
 def test_this_machine_passes_for_real(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     found = {check["name"]: check["status"] for check in json.loads(capsys.readouterr().out)["checks"]}
-    assert found["onnxruntime"] == "pass" and len(found) == 9
+    assert found["onnxruntime"] == "pass" and len(found) == 11 and {"topology", "int8 kernels"} <= set(found)

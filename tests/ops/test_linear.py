@@ -9,6 +9,7 @@ from torch.library import opcheck
 from torch.testing import assert_close
 
 from ryzen_compile import ops
+from ryzen_compile.numerics.blockwise import BlockFormat, BlockTensor, absmax_grid, quantize
 
 FORMULAS = {
     "none": lambda x: x,
@@ -89,3 +90,36 @@ def test_opcheck(x: Tensor) -> None:
         opcheck(ops.linear_act, (x, weight, None, "silu"))
         opcheck(ops.linear_act, (x, weight, torch.randn(6), "none"))
         opcheck(ops.gated_linear, (x, weight, "gelu_tanh"))
+
+
+def blocks(weight: Tensor, bits: int, block: int, symmetric: bool) -> BlockTensor:
+    form = BlockFormat(bits, block, symmetric)
+    return quantize(weight, form, *absmax_grid(weight, form))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (2, 5, 31), (3, 33)], ids=str)
+def test_linear_nbits_multiplies_by_the_decoded_weight(bits: int, symmetric: bool, shape: tuple[int, ...]) -> None:
+    """60 dB against decoding first and multiplying in float64: the rounding of float32 products, nothing else."""
+    x, bias = torch.randn(shape), torch.randn(5)
+    t = blocks(torch.randn(5, shape[-1]), bits, 16, symmetric)
+    got = ops.linear_nbits(x, t.packed, t.scales, t.zeros, bias, t.format.stored_bits, 16).double()
+    want = linear(x, t.dequantize(), bias)
+    assert 10 * torch.log10(want.square().sum() / (got - want).square().sum().clamp(min=1e-300)) >= 60
+
+
+@pytest.mark.parametrize("act", FORMULAS)
+def test_gated_activation_is_its_formula(act: str) -> None:
+    x = torch.randn(3, 2, 14)
+    got = ops.gated_activation(x, act)
+    want = FORMULAS[act](x[..., :7].double()) * x[..., 7:].double()
+    assert got.shape == (3, 2, 7)
+    assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_opcheck_of_the_integer_forms() -> None:
+    t = blocks(torch.randn(4, 20), 4, 16, False)
+    opcheck(ops.linear_nbits, (torch.randn(2, 3, 20), t.packed, t.scales, t.zeros, torch.randn(4), 4, 16))
+    opcheck(ops.linear_nbits, (torch.randn(20), t.packed, t.scales, t.zeros, None, 4, 16))
+    opcheck(ops.gated_activation, (torch.randn(2, 3, 8), "silu"))

@@ -14,7 +14,7 @@ from ryzen_compile.edit import Edit
 from ryzen_compile.errors import CaptureError
 from ryzen_compile.pipeline import default_passes
 from ryzen_compile.program import Program, is_call
-from ryzen_compile.validate.parity import CHUNKS, TOKENS, ParityGate, check_capture, full_logits, logits_of
+from ryzen_compile.validate.parity import CHUNKS, TOKENS, ParityGate, _shortened, check_capture, full_logits, logits_of
 from tests.zoo import NanoDecoder, randomize
 
 aten = torch.ops.aten
@@ -195,3 +195,49 @@ def test_the_captured_graph_is_held_to_the_model(model: NanoDecoder, plain: Prog
         check_capture(model, wrong)
     assert [module.training for module in model.modules()] == modes
     model.eval()
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+def rescaled(factor: float) -> Callable[[Program], Program]:
+    return lambda program: changed(program, lambda p: linears(p)[6], scaled(factor))
+
+
+def test_a_loss_is_a_divergence_on_the_text(plain: Program) -> None:
+    text = torch.randint(99, (5, 23), generator=torch.Generator().manual_seed(9))
+    gate = ParityGate(plain, text=text)
+    assert gate.measure_loss(plain) == (0.0, 1.0)
+    found = [gate.measure_loss(rescaled(factor)(plain)) for factor in (1.001, 1.05, -1.0)]
+    for (kl, top1), program in zip(found, map(lambda f: rescaled(f)(plain), (1.001, 1.05, -1.0)), strict=True):
+        p, q = (torch.softmax(full_logits(each, text).double(), -1) for each in (plain, program))
+        assert kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-6, abs=1e-12)
+        assert top1 == float((p.argmax(-1) == q.argmax(-1)).double().mean())
+    assert 0 < found[0][0] < found[1][0] < found[2][0] and found[0][1] >= found[1][1] > found[2][1]
+
+
+def test_without_text_the_probe_is_read(plain: Program, gate: ParityGate) -> None:
+    kl, top1 = gate.measure_loss(rescaled(1.05)(plain))
+    assert kl > 0 and 0 < top1 <= 1
+
+
+def test_nan_is_no_loss_but_out_of_any_budget(plain: Program, gate: ParityGate) -> None:
+    kl, _ = gate.measure_loss(rescaled(float("nan"))(plain))
+    assert kl != kl and not (kl <= 1e9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "read"), [((64, 256), (2, 256)), ((3, 17), (3, 17)), ((1, 2000), (1, 512)), ((2, 700), (1, 512))]
+)
+def test_a_long_text_is_read_in_part(shape: tuple[int, int], read: tuple[int, int]) -> None:
+    assert tuple(_shortened(torch.zeros(shape)).shape) == read
+
+
+def test_after_a_loss_the_gate_measures_against_what_was_accepted(plain: Program) -> None:
+    gate, lossy = ParityGate(plain), rescaled(1.05)(plain)
+    assert not gate.measure(lossy)[2]
+    before = gate.measure_loss(lossy)
+    gate.rebase(lossy)
+    rmse, largest, within = gate.measure(lossy)
+    assert within and largest == 0.0 and rmse == gate.reference_rmse
+    assert not gate.measure(plain)[2]  # to undo the loss is no exact rewrite either
+    assert not gate.measure(changed(lossy, lambda p: linears(p)[3], scaled(1.001)))[2]
+    assert gate.measure_loss(lossy) == before  # losses add up: always to the captured model

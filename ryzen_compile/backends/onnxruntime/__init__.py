@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,12 @@ from ryzen_compile.backends.base import Capability
 from ryzen_compile.errors import UsageError
 
 if TYPE_CHECKING:  # a Program needs torch, and a session ONNX Runtime: each is imported by the method that uses it
+    from ryzen_compile.backends.onnxruntime.emit import LoweringOptions
     from ryzen_compile.backends.onnxruntime.session import OrtEngine, SessionOptions
     from ryzen_compile.program import Program
 
+MODEL_NAME = "model.onnx"
+PREFILL_NAME = "prefill.onnx"
 REQUIRED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 # Written out, so that asking for it imports nothing; a test compares it with the rules.
 SUPPORTED = frozenset(
@@ -24,9 +28,12 @@ SUPPORTED = frozenset(
         "add_rms_norm",
         "attention",
         "cached_attention",
+        "embedding_nbits",
+        "gated_activation",
         "gated_linear",
         "layer_norm",
         "linear_act",
+        "linear_nbits",
         "rms_norm",
         "rotary",
     )
@@ -49,36 +56,59 @@ class OnnxRuntimeBackend:
         return Capability(True, ", ".join(versions))
 
     def compile(
-        self, program: Program, *, directory: Path | None = None, options: SessionOptions | None = None
+        self,
+        program: Program,
+        *,
+        directory: Path | None = None,
+        options: SessionOptions | None = None,
+        lowering: LoweringOptions | None = None,
     ) -> OrtEngine:
         """Writes the model into ``directory`` and opens it there.
 
         Without a directory the files live in a temporary one for as long as the engine does. Raises as ``write`` does.
         """
-        from ryzen_compile.backends.onnxruntime import lowering, session
-
-        options = options or session.SessionOptions()
-        slots = lowering.cache_slots(program.slots)
         if directory is not None:
-            return session.OrtEngine(self.write(program, directory), program.spec, slots, options)
+            self.write(program, directory, lowering)
+            return self.open(directory, program, options)
         temporary = tempfile.TemporaryDirectory(prefix="ryzen_compile-")
         try:
-            engine = session.OrtEngine(self.write(program, Path(temporary.name)), program.spec, slots, options)
+            self.write(program, Path(temporary.name), lowering)
+            engine = self.open(Path(temporary.name), program, options)
         except BaseException:
             temporary.cleanup()
             raise
         engine.keep(temporary)
         return engine
 
-    def write(self, program: Program, directory: Path) -> Path:
-        """Writes ``model.onnx`` and ``model.onnx.data`` into the existing ``directory``; returns the model's path.
+    def open(self, directory: Path, program: Program, options: SessionOptions | None = None) -> OrtEngine:
+        """The engine over what ``write`` left in ``directory``."""
+        from ryzen_compile.backends.onnxruntime import lowering, session
 
-        Raises ``UsageError`` for a Program without a cache and ``UnsupportedError``, by node and module path, for what
-        cannot be lowered.
+        prefill = directory / PREFILL_NAME
+        return session.OrtEngine(
+            directory / MODEL_NAME,
+            program.spec,
+            lowering.cache_slots(program.slots),
+            options or session.SessionOptions(),
+            prefill if prefill.exists() else None,
+        )
+
+    def write(self, program: Program, directory: Path, options: LoweringOptions | None = None) -> Path:
+        """Writes ``model.onnx`` and its data into the existing ``directory``; returns the model's path.
+
+        With ``options.wide_prompts`` also ``prefill.onnx``, the form for prompts; what both read is stored once. Raises
+        ``UsageError`` for a Program without a cache and ``UnsupportedError``, by node and module path, for what cannot
+        be lowered.
         """
-        from ryzen_compile.backends.onnxruntime import fold, lowering
+        from ryzen_compile.backends.onnxruntime import lowering
+        from ryzen_compile.backends.onnxruntime.emit import LoweringOptions
+        from ryzen_compile.backends.onnxruntime.weights_file import WeightsFiles
 
         if not program.slots:
             raise UsageError("the Program has no key/value cache", hint="run insert_kv_cache first")
-        fold.write(lowering.lower(program), directory)
-        return directory / "model.onnx"
+        options = options or LoweringOptions()
+        files = WeightsFiles(directory)
+        path = files.write(lowering.lower(program, replace(options, wide_prompts=False)), MODEL_NAME)
+        if options.wide_prompts:
+            files.write(lowering.lower(program, options), PREFILL_NAME)
+        return path

@@ -14,6 +14,7 @@ from typing import Any
 
 from onnx import GraphProto
 
+from ryzen_compile.backends.onnxruntime import MODEL_NAME, PREFILL_NAME
 from ryzen_compile.backends.onnxruntime.artifact_check import check_model
 from ryzen_compile.backends.onnxruntime.genai import GENAI_CONFIG_NAME, genai_config, known_tokenizer_class
 from ryzen_compile.errors import ArtifactError
@@ -21,7 +22,6 @@ from ryzen_compile.manifest import listed_files, read_manifest, verify_files, wr
 from ryzen_compile.publish import Staging
 from ryzen_compile.spec import CacheSlot, ModelSpec
 
-MODEL_NAME = "model.onnx"
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 REPORT_NAME = "report.json"
@@ -52,6 +52,11 @@ class Artifact:
     def model(self) -> Path:
         return self.directory / MODEL_NAME
 
+    @property
+    def prefill(self) -> Path | None:
+        """The model's second form, for prompts, when the artifact was made with one."""
+        return self.directory / PREFILL_NAME if PREFILL_NAME in self.manifest["files"] else None
+
 
 def write(
     out: Path,
@@ -64,7 +69,7 @@ def write(
     companions: Companions | None = None,
     force: bool = False,
 ) -> Path:
-    """Publishes an artifact at ``out``; ``write_model(directory)`` writes ``model.onnx`` and its data.
+    """Publishes an artifact at ``out``; ``write_model(directory)`` writes ``model.onnx``, its data, and a second form.
 
     Raises ``UsageError``, ``ArtifactError``, ``BusyError`` or ``ResourceError`` as ``Staging`` does; whatever was at
     ``out`` before is then untouched.
@@ -105,13 +110,19 @@ def read(directory: Path, *, digests: bool = True) -> Artifact:
     """
     manifest = read_manifest(directory)
     verify_files(directory, manifest, digests=digests)
-    model = check_model(directory, MODEL_NAME, listed=listed_files(manifest))
+    listed = listed_files(manifest)
+    models = [
+        check_model(directory, name, listed=listed)
+        for name in (MODEL_NAME, PREFILL_NAME)
+        if name in listed or name == MODEL_NAME
+    ]
     try:
         spec = ModelSpec(**manifest["spec"])
         slots = tuple(CacheSlot(**slot) for slot in manifest["slots"])
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{directory.name}: the manifest does not describe the model: {error}") from error
-    _check_described(model.graph, spec, slots)
+    for model in models:
+        _check_described(model.graph, spec, slots)
     return Artifact(
         directory,
         spec,

@@ -16,6 +16,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, TensorProto
 
+from ryzen_compile.backends.onnxruntime.integer_check import check_integer_weights
 from ryzen_compile.errors import ArtifactError, ResourceError, TamperedError, UnsafeError
 from ryzen_compile.manifest import name_fault, open_plain, shown
 
@@ -71,6 +72,7 @@ def check_model(
             _check_external(directory, tensor, expected, listed, sizes)
         else:
             _check_inline(tensor, expected)
+    check_integer_weights(model)
     return model
 
 

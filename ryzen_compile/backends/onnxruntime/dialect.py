@@ -26,7 +26,9 @@ ATTRIBUTE_TYPES = {
     "bool": OpSchema.AttrType.INT,
     "str": OpSchema.AttrType.STRING,
 }
-TENSOR_TYPES = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "double", "int64", "int32", "bool")]
+TENSOR_TYPES = [
+    f"tensor({name})" for name in ("float", "float16", "bfloat16", "double", "int64", "int32", "uint8", "bool")
+]
 SCHEMAS: dict[str, torch.FunctionSchema] = {
     name: (torch.ops.aten.linear.default if name == "linear" else getattr(ops, name)._opoverload)._schema
     for name in RULES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,23 @@ CONTRIB = "com.microsoft"
 LOCAL = "ryzen"  # domain of our model-local functions, and of the dialect's nodes before they are lowered
 
 
-class Emitter:
-    """``nodes`` grows in order. ``shared`` remembers values that a graph needs once, ``functions`` bodies it calls."""
+@dataclass(frozen=True)
+class LoweringOptions:
+    """``accuracy_level`` 4 lets products with integer weights round their activations to 8 bits per block, 0 keeps them
+    in float32. ``wide_prompts`` expresses those products for many rows at once: 8-bit weights with a scale per output
+    channel, activations rounded to 8 bits row by row."""
 
-    def __init__(self) -> None:
+    accuracy_level: int = 4
+    wide_prompts: bool = False
+
+
+class Emitter:
+    """``nodes`` grows in order. ``initializers`` are weights made here, ``functions`` the bodies that nodes call."""
+
+    def __init__(self, options: LoweringOptions | None = None) -> None:
+        self.options = options or LoweringOptions()
         self.nodes: list[ir.Node] = []
+        self.initializers: list[ir.Value] = []
         self.functions: dict[tuple[Any, ...], ir.Function] = {}
         self._shared: dict[tuple[Any, ...], Any] = {}
 
@@ -37,6 +50,13 @@ class Emitter:
 
     def constant(self, value: Any, dtype: type = np.float32) -> ir.Value:
         return self.op("Constant", value=ir.tensor(np.asarray(value, dtype=dtype)))
+
+    def initializer(self, tensor: ir.LazyTensor, name: str) -> ir.Value:
+        """A weight of the graph's own, computed when it is written."""
+        tensor.name = name
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.initializers.append(value)
+        return value
 
     def ints(self, *values: int) -> ir.Value:
         """A vector of int64."""

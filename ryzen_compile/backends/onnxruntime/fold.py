@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,21 +69,6 @@ def _is_known(node: ir.Node) -> bool:
     if node.op_type == "Div":  # ONNX rounds integer division towards zero, numpy down
         return node.inputs[0] is not None and node.inputs[0].dtype in {ir.DataType.FLOAT, ir.DataType.DOUBLE}
     return node.op_type in SHAPES
-
-
-def write(model: ir.Model, directory: Path) -> None:
-    """Writes ``model.onnx`` and ``model.onnx.data`` into ``directory``, one tensor in memory at a time.
-
-    Offsets are aligned to 4096 bytes, so that the file can be mapped. The same model gives the same bytes.
-    """
-    ir.save(
-        model,
-        directory / "model.onnx",
-        external_data="model.onnx.data",
-        size_threshold_bytes=256,
-        alignment=4096,
-        align_threshold=0,
-    )
 
 
 def _replace(graph: ir.Graph, output: ir.Value, tensor: ir.LazyTensor) -> None:

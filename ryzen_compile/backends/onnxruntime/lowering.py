@@ -23,16 +23,17 @@ from torch.utils import _pytree as pytree
 from ryzen_compile.backends.onnxruntime import cleanup, fold
 from ryzen_compile.backends.onnxruntime.attention import padded_head_dim
 from ryzen_compile.backends.onnxruntime.dialect import attributes_of, tensor_arity, translation_table
-from ryzen_compile.backends.onnxruntime.emit import CONTRIB, LOCAL, OPSET, Emitter
+from ryzen_compile.backends.onnxruntime.emit import CONTRIB, LOCAL, OPSET, Emitter, LoweringOptions
 from ryzen_compile.backends.onnxruntime.rules import RULES
 from ryzen_compile.errors import UnsupportedError, UsageError
 from ryzen_compile.program import Program, module_path, op_name
 from ryzen_compile.spec import CacheSlot
 
 IR_VERSION = 10
+DEFAULTS = LoweringOptions()
 
 
-def lower(program: Program) -> ir.Model:
+def lower(program: Program, options: LoweringOptions = DEFAULTS) -> ir.Model:
     """The ONNX model of ``program``, opset 21 and ``com.microsoft`` 1; with or without a cache.
 
     Raises ``UnsupportedError``, by operator, node and module path, for what has no translation, and ``UsageError`` when
@@ -44,7 +45,7 @@ def lower(program: Program) -> ir.Model:
         )
     model = _translate(program)
     cleanup.share_initializers(model.graph)
-    _apply_rules(model)
+    _apply_rules(model, options)
     _name_interface(model.graph, program)
     cleanup.simplify(model)
     cleanup.keep_one_table(model.graph)
@@ -146,9 +147,9 @@ def _failed_node(error: BaseException) -> fx.Node | None:
     return found
 
 
-def _apply_rules(model: ir.Model) -> None:
+def _apply_rules(model: ir.Model, options: LoweringOptions) -> None:
     """Replaces each node of the dialect by what its rule emits, in graph order."""
-    emitter = Emitter()
+    emitter = Emitter(options)
     graph = model.graph
     for node in list(graph):
         if node.domain != LOCAL:
@@ -161,6 +162,8 @@ def _apply_rules(model: ir.Model) -> None:
         graph.insert_before(node, new)
         _replace_results(node, results)
         graph.remove(node, safe=True)
+    for value in emitter.initializers:
+        graph.register_initializer(value)
     for function in emitter.functions.values():
         model.functions[function.identifier()] = function
     model.graph.opset_imports.update({"": OPSET, CONTRIB: 1})

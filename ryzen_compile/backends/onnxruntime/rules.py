@@ -14,6 +14,7 @@ import onnx_ir as ir
 from ryzen_compile.backends.onnxruntime.attention import attention, cached_attention, rotary
 from ryzen_compile.backends.onnxruntime.emit import CONTRIB, Emitter
 from ryzen_compile.backends.onnxruntime.functions import activation, gated_act
+from ryzen_compile.backends.onnxruntime.integer import embedding_nbits, linear_nbits
 
 Values = tuple[ir.Value, ...]
 SKIP_RANKS = (2, 3)  # of the fused residual norms; any other rank is added first
@@ -62,7 +63,11 @@ def activate(e: Emitter, x: ir.Value, *, act: str) -> Values:
 
 
 def gated_linear(e: Emitter, x: ir.Value, weight: ir.Value, *, act: str) -> Values:
-    return e.call("GatedAct", (act,), gated_act(act), (_matmul(e, x, weight),))
+    return gated_activation(e, _matmul(e, x, weight), act=act)
+
+
+def gated_activation(e: Emitter, x: ir.Value, *, act: str) -> Values:
+    return e.call("GatedAct", (act,), gated_act(act), (x,))
 
 
 RULES: dict[str, Callable[..., Values]] = {
@@ -71,10 +76,13 @@ RULES: dict[str, Callable[..., Values]] = {
     "add_rms_norm": add_rms_norm,
     "attention": attention,
     "cached_attention": cached_attention,
+    "embedding_nbits": embedding_nbits,
+    "gated_activation": gated_activation,
     "gated_linear": gated_linear,
     "layer_norm": layer_norm,
     "linear": linear,
     "linear_act": linear_act,
+    "linear_nbits": linear_nbits,
     "rms_norm": rms_norm,
     "rotary": rotary,
 }

@@ -1,7 +1,8 @@
-"""OrtEngine: one ONNX Runtime session, its inputs and outputs bound to buffers that stay where they are.
+"""OrtEngine: ONNX Runtime sessions whose inputs and outputs are bound to buffers that stay where they are.
 
 The cache's buffers are bound as past and as present at once, so a step appends in place and copies nothing. A decode
-step rebinds one input, the attention mask, because its length is part of its shape.
+step rebinds one input, the attention mask, because its length is part of its shape. An artifact may hold its model
+twice, the second time for prompts; both sessions then work on the same cache.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ KEPT_LOGITS = 1 << 22  # elements; a larger buffer, after a long prompt, is give
 @dataclass(frozen=True)
 class SessionOptions:
     """``threads`` None leaves the number to ONNX Runtime (one per physical core). ``spinning`` lets idle threads wait
-    busily: fastest alone, wasteful in company. ``profile`` records every node's time; see ``OrtEngine.end_profile``."""
+    busily: fastest alone, wasteful in company. ``prefill_from`` is the number of new tokens from which the model's
+    second form for prompts is used, where there is one. ``profile`` records every node's time; see
+    ``OrtEngine.end_profile``."""
 
     threads: int | None = None
     spinning: bool = True
+    prefill_from: int = 16
     profile: bool = False
 
     def __post_init__(self) -> None:
@@ -41,8 +45,8 @@ class SessionOptions:
 class OrtEngine:
     """An ``Engine`` over the model at ``path``; ``slots`` are the model's own, heads padded where it pads them.
 
-    Raises ``ArtifactError`` when the file cannot be loaded and ``UnsupportedError`` when it lacks an input that the
-    slots call for.
+    ``prefill`` is a second form of the model for many new tokens. Raises ``ArtifactError`` when a file cannot be loaded
+    and ``UnsupportedError`` when it lacks an input that the slots call for.
     """
 
     name = "onnxruntime"
@@ -53,26 +57,15 @@ class OrtEngine:
         spec: ModelSpec,
         slots: tuple[CacheSlot, ...],
         options: SessionOptions = SessionOptions(),
+        prefill: Path | None = None,
     ) -> None:
         self.spec = spec
         self.slots = slots
-        self._session: Any = _open(path, options)
-        self._binding = self._session.io_binding()
+        self._main = BoundSession(path, spec, len(slots), options)
+        self._prefill = None if prefill is None else BoundSession(prefill, spec, len(slots), options)
+        self._prefill_from = options.prefill_from
         self._directory: tempfile.TemporaryDirectory | None = None
-        known = {value.name for value in (*self._session.get_inputs(), *self._session.get_outputs())}
-        logits = next(value for value in self._session.get_outputs() if value.name == "logits")
-        self.all_logits = logits.shape[1] != 1
-        self._past = [(f"past_key_values.{i}.key", f"past_key_values.{i}.value") for i in range(len(slots))]
-        self._present = [(f"present.{i}.key", f"present.{i}.value") for i in range(len(slots))]
-        wanted = {"input_ids", "attention_mask", *sum(self._past, ()), *sum(self._present, ())}
-        if missing := wanted - known:
-            raise UnsupportedError(f"{path} has no {', '.join(sorted(missing))}", hint="export the model again")
-        self._has_positions = "position_ids" in known
-        self._tokens = self._positions = np.empty((0, 0), np.int64)
-        self._ones = np.empty(0, np.int64)
-        self._flat_logits = self._logits = np.empty(0, np.float32)
-        self._bound: tuple[Any, ...] = ()
-        self._cache: weakref.ref[KVCache] | None = None
+        self.all_logits = self._main.all_logits
 
     def keep(self, directory: tempfile.TemporaryDirectory) -> None:
         """Ties a temporary directory that holds the model to this engine's life."""
@@ -97,13 +90,54 @@ class OrtEngine:
             raise UsageError(
                 f"{new} new tokens in {batch} rows that hold {longest} already", hint="step row by row, with cache.row"
             )
+        wide = self._prefill is not None and new >= self._prefill_from
+        session = self._prefill if wide and self._prefill is not None else self._main
+        return session.run(tokens, cache)
+
+    def close(self) -> None:
+        self._main.close()
+        if self._prefill is not None:
+            self._prefill.close()
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None
+
+    def end_profile(self) -> Path:
+        """Stops recording, and returns the trace (Chrome's format) that it wrote to the temporary directory."""
+        return self._main.end_profile()
+
+
+class BoundSession:
+    """One session with the buffers that are bound to it; a step binds anew only what has changed since the last."""
+
+    def __init__(self, path: Path, spec: ModelSpec, slots: int, options: SessionOptions) -> None:
+        self._vocab = spec.vocab
+        self._session: Any = _open(path, options)
+        self._binding = self._session.io_binding()
+        known = {value.name for value in (*self._session.get_inputs(), *self._session.get_outputs())}
+        self._past = [(f"past_key_values.{i}.key", f"past_key_values.{i}.value") for i in range(slots)]
+        self._present = [(f"present.{i}.key", f"present.{i}.value") for i in range(slots)]
+        wanted = {"input_ids", "attention_mask", "logits", *sum(self._past, ()), *sum(self._present, ())}
+        if missing := wanted - known:
+            raise UnsupportedError(f"{path} has no {', '.join(sorted(missing))}", hint="export the model again")
+        logits = next(value for value in self._session.get_outputs() if value.name == "logits")
+        self.all_logits = logits.shape[1] != 1
+        self._has_positions = "position_ids" in known
+        self._tokens = self._positions = np.empty((0, 0), np.int64)
+        self._ones = np.empty(0, np.int64)
+        self._flat_logits = self._logits = np.empty(0, np.float32)
+        self._bound: tuple[Any, ...] = ()
+        self._cache: weakref.ref[KVCache] | None = None
+
+    def run(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
+        """One step that is known to fit; see ``OrtEngine.step``."""
+        batch, new = tokens.shape
         if (batch, new) != self._tokens.shape:
             self._bind_shape(batch, new)
         self._tokens[:] = tokens
         if self._has_positions:
             np.add(cache.lengths[:, None], np.arange(new), out=self._positions)
-        mask = self._mask(cache, batch, new, total)
-        self._bind("attention_mask", mask)
+        self._bind("attention_mask", self._mask(cache, batch, new, int(cache.lengths.max()) + new))
         self._bind_cache(cache)
         self._session.run_with_iobinding(self._binding)
         return self._logits
@@ -113,12 +147,8 @@ class OrtEngine:
         self._binding.clear_binding_outputs()
         self._session = None
         self._cache = None
-        if self._directory is not None:
-            self._directory.cleanup()
-            self._directory = None
 
     def end_profile(self) -> Path:
-        """Stops recording, and returns the trace (Chrome's format) that it wrote to the temporary directory."""
         return Path(self._session.end_profiling())
 
     def _mask(self, cache: KVCache, batch: int, new: int, total: int) -> np.ndarray:
@@ -137,7 +167,7 @@ class OrtEngine:
         if self._has_positions:
             self._positions = np.empty((batch, new), np.int64)
             self._bind("position_ids", self._positions)
-        shape = (batch, new if self.all_logits else 1, self.spec.vocab)
+        shape = (batch, new if self.all_logits else 1, self._vocab)
         size = shape[0] * shape[1] * shape[2]
         if not size <= self._flat_logits.size <= max(size, KEPT_LOGITS):
             self._flat_logits = np.empty(size, np.float32)

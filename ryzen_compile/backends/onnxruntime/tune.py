@@ -1,0 +1,229 @@
+"""Measuring how an artifact runs best on this machine: threads, spinning, and what a step of several tokens costs.
+
+One session is open at a time. The threads of an idle session keep spinning on the cores for a while, so two sessions
+that are open together slow each other down, and what is measured is their quarrel. Candidates can therefore not take
+turns step by step; they take turns by visits instead: each is opened, measured for a moment and closed, and the round
+starts again, forwards and backwards in turn, so that a slower minute of the machine meets all of them.
+
+A step's time does not depend on what the cache holds, only on how much: the context is counted, not computed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ryzen_compile.backends.onnxruntime import artifact
+from ryzen_compile.backends.onnxruntime.artifact import Artifact
+from ryzen_compile.backends.onnxruntime.session import OrtEngine, SessionOptions
+from ryzen_compile.backends.onnxruntime.tuning import (
+    MOST_THREADS_PER_CORE,
+    NEW,
+    PROMPT,
+    Candidate,
+    Tuning,
+    choose,
+)
+from ryzen_compile.errors import UsageError
+from ryzen_compile.manifest import tuned
+from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.validate.machine import Machine, cpu_key, read_machine
+
+Progress = Callable[[str], None]
+LONGEST = 16  # new tokens of a step on the cost curve
+CONTEXT = 512  # tokens held while it is measured, where the model has room for them
+MEASURED_PROMPT = 128  # tokens; the request's prompt is counted as several of these
+LEAST_ROUNDS, MOST_ROUNDS = 3, 9
+VISIT_SECONDS = 0.5  # of decode steps
+LEAST_STEPS, MOST_STEPS = 3, 50
+CHOICE_SHARE = 0.7  # of the budget; the rest is the curve's
+
+
+def tune(
+    directory: Path,
+    *,
+    threads: Sequence[int] | None = None,
+    budget_seconds: float = 60.0,
+    digests: bool = True,
+    progress: Progress | None = None,
+) -> Tuning:
+    """Measures the artifact in ``directory`` on this machine; writes nothing.
+
+    ``threads`` are the numbers to try (None: ``thread_candidates``). Candidates are compared by a request of ``PROMPT``
+    tokens and ``NEW`` generated ones, of which a shorter prompt and some steps are measured and the rest is computed.
+    ``budget_seconds`` is an aim: ``LEAST_ROUNDS`` visits of each candidate are made however long they take.
+
+    Raises ``UsageError`` for a budget or numbers of threads that make no sense, and what reading an artifact raises.
+    """
+    machine = read_machine()
+    counts = _checked(threads, machine) if threads is not None else thread_candidates(machine)
+    if not 0 < budget_seconds < float("inf"):
+        raise UsageError(f"the budget must be a number of seconds above 0, got {budget_seconds}")
+    bench = _Bench(artifact.read(directory, digests=digests))
+    end = time.perf_counter() + budget_seconds
+    settings = [SessionOptions(count, on) for count in counts for on in ((True, False) if count > 1 else (True,))]
+    candidates = _compare(bench, settings, end - (1 - CHOICE_SHARE) * budget_seconds, progress)
+    best, reason = choose(candidates)
+    _say(progress, f"measuring the cost of a step with {best}")
+    with bench.opened(SessionOptions(best.threads, best.spinning)) as subject:
+        curve, decode, prefill = _profile(subject, end)
+    return Tuning(
+        key=cpu_key(machine),
+        threads=best.threads,
+        spinning=best.spinning,
+        reason=reason,
+        context=bench.context,
+        curve=curve,
+        decode=decode,
+        prefill=prefill,
+        candidates=candidates,
+        versions={name: machine.versions[name] or "unknown" for name in ("ryzen-compile", "onnxruntime")},
+    )
+
+
+def tuned_options(manifest: Mapping[str, Any], key: str) -> SessionOptions | None:
+    """The options measured for the machine ``key``, or None when the artifact was not tuned on such a machine.
+
+    Raises ``ArtifactError`` when the record is not one that ``tune`` writes.
+    """
+    record = tuned(manifest).get(key)
+    if record is None:
+        return None
+    tuning = Tuning.from_json(key, record)
+    return SessionOptions(tuning.threads, tuning.spinning)
+
+
+def thread_candidates(machine: Machine) -> tuple[int, ...]:
+    """Numbers of threads worth trying: every one up to 4, then in steps of about a half, what one last-level cache
+    serves, all usable cores, and all their hardware threads."""
+    cores, threads = machine.usable_cores, machine.usable_threads
+    counts = {*range(1, min(4, cores) + 1), cores, threads}
+    step = 6
+    while step < cores:
+        counts.add(step)
+        step += step // 3 if step & (step - 1) else step // 2  # 6, 8, 12, 16, 24, 32 ...
+    for group in machine.topology.caches:
+        served = sum(1 for core in machine.topology.cores if set(core) & set(group.cpus) & set(machine.limits.affinity))
+        counts.add(min(max(served, 1), cores))
+    return tuple(sorted(counts))
+
+
+class _Bench:
+    """An artifact with what all its measurements share."""
+
+    def __init__(self, found: Artifact) -> None:
+        self.found = found
+        room = found.spec.context
+        self.context = max(0, min(CONTEXT, room - LONGEST) if room > LONGEST else room // 2)
+        self.longest = max(1, min(LONGEST, room - self.context))
+        self.prompt = min(MEASURED_PROMPT, room)
+
+    @contextmanager
+    def opened(self, options: SessionOptions) -> Iterator[_Subject]:
+        """The engine with ``options``, alone: it is closed, and its threads are gone, on leaving."""
+        engine = OrtEngine(self.found.model, self.found.spec, self.found.slots, options, self.found.prefill)
+        try:
+            yield _Subject(engine, self)
+        finally:
+            engine.close()
+
+
+class _Subject:
+    """An open engine with a cache; every method takes one sample, in seconds."""
+
+    def __init__(self, engine: OrtEngine, bench: _Bench) -> None:
+        self.engine, self.bench = engine, bench
+        capacity = max(bench.context + bench.longest, bench.prompt)
+        self.cache = KVCache(engine.slots, 1, capacity, limit=engine.spec.context)
+        ids = np.random.default_rng(0)
+        self.tokens = ids.integers(0, engine.spec.vocab, (1, capacity), dtype=np.int64)
+
+    def step(self, tokens: int, context: int | None = None) -> float:
+        """One step of ``tokens`` new tokens behind ``context`` others (None: the bench's)."""
+        held = self.bench.context if context is None else context
+        new = self.tokens[:, :tokens]
+        self.cache.truncate(0)
+        self.cache.advance(held)
+        start = time.perf_counter()
+        self.engine.step(new, self.cache)
+        return time.perf_counter() - start
+
+    def steps(self, seconds: float) -> list[float]:
+        """Single-token steps for about ``seconds``, after two that only warm up."""
+        self.step(1)
+        once = self.step(1)
+        return [self.step(1) for _ in range(_times(seconds, once, LEAST_STEPS, MOST_STEPS))]
+
+    def prefill(self) -> float:
+        """The bench's prompt in an empty cache."""
+        return self.step(self.bench.prompt, 0)
+
+
+def _compare(
+    bench: _Bench, settings: Sequence[SessionOptions], until: float, progress: Progress | None
+) -> tuple[Candidate, ...]:
+    """Rounds of visits until the clock shows ``until``."""
+    visits: list[list[float]] = [[] for _ in settings]
+    for number in range(MOST_ROUNDS):
+        started = time.perf_counter()
+        order = range(len(settings)) if number % 2 == 0 else reversed(range(len(settings)))
+        for index in order:
+            with bench.opened(settings[index]) as subject:
+                visits[index].append(_request_seconds(subject))
+            seconds = statistics.median(visits[index])
+            shown = Candidate(settings[index].threads or 1, settings[index].spinning, (seconds,))
+            _say(progress, f"round {number + 1}, {shown}: {seconds:.2f} s a request")
+        now = time.perf_counter()
+        if number + 1 >= LEAST_ROUNDS and now + (now - started) > until:
+            break
+    return tuple(
+        Candidate(options.threads or 1, options.spinning, tuple(seconds))
+        for options, seconds in zip(settings, visits, strict=True)
+    )
+
+
+def _request_seconds(subject: _Subject) -> float:
+    """Seconds of ``PROMPT`` tokens and ``NEW`` generated ones, from a part of the prompt and some of the steps."""
+    subject.prefill()  # the first one allocates
+    prompt = subject.prefill() * PROMPT / subject.bench.prompt
+    return prompt + statistics.median(subject.steps(VISIT_SECONDS)) * NEW
+
+
+def _profile(subject: _Subject, end: float) -> tuple[dict[int, float], dict[int, float], dict[int, float]]:
+    """Cost curve, decode time by context and prefill time, taken in turns until the clock shows ``end``."""
+    bench = subject.bench
+    samples: dict[tuple[int, int], list[float]] = {(m, bench.context): [] for m in range(1, bench.longest + 1)}
+    samples |= {(1, bench.context // 8): [], (bench.prompt, 0): []}
+    for tokens, context in samples:
+        subject.step(tokens, context)
+    rounds = 0
+    while rounds < LEAST_STEPS or (rounds < MOST_STEPS and time.perf_counter() < end):
+        for tokens, context in samples if rounds % 2 == 0 else reversed(samples):
+            samples[tokens, context].append(subject.step(tokens, context))
+        rounds += 1
+    medians = {place: statistics.median(seconds) for place, seconds in samples.items()}
+    curve = {m: medians[m, bench.context] for m in range(1, bench.longest + 1)}
+    decode = {context: medians[1, context] for context in sorted({bench.context // 8, bench.context})}
+    return curve, decode, {bench.prompt: medians[bench.prompt, 0]}
+
+
+def _checked(threads: Sequence[int], machine: Machine) -> tuple[int, ...]:
+    most = MOST_THREADS_PER_CORE * machine.usable_cores
+    if not threads or not all(1 <= count <= most for count in threads):
+        raise UsageError(f"threads to try must be from 1 to {most} on this machine, got {list(threads)}")
+    return tuple(sorted(set(threads)))
+
+
+def _times(seconds: float, once: float, least: int, most: int) -> int:
+    return max(least, min(most, int(seconds / once)))
+
+
+def _say(progress: Progress | None, text: str) -> None:
+    if progress is not None:
+        progress(text)

@@ -1,0 +1,233 @@
+"""What a tuning run found out about an artifact on one machine: the record that the manifest keeps.
+
+A manifest comes with the artifact, from anywhere, so a record read from one is checked as any other untrusted input.
+How the figures are measured is ``tune``'s business.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ryzen_compile.errors import ArtifactError
+from ryzen_compile.manifest import shown
+
+PROMPT, NEW = 512, 128  # tokens of the request that candidates are compared by
+LONGEST_STEP = 64  # new tokens of a step that a cost curve may hold
+MOST_SECONDS = 1e5
+MOST_TOKENS = 1 << 24
+MOST_CANDIDATES = 1_000
+MOST_VISITS = 1_000
+MOST_THREADS_PER_CORE = 8
+NOISE_FLOOR = 0.02  # of a median: differences below it are not worth a thread
+UNSTEADY = 1.5
+_KEY = re.compile(r"[A-Za-z0-9_.+]{1,60}-(?P<cores>[1-9][0-9]{0,3})c(-[0-9.]{1,10}M)?")
+_VERSION = re.compile(r"[A-Za-z0-9._+!-]{1,60}")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run, and the seconds that a request of ``PROMPT`` + ``NEW`` tokens took by each visit's measure."""
+
+    threads: int
+    spinning: bool
+    visits: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds of the request."""
+        return statistics.median(self.visits)
+
+    @property
+    def spread(self) -> float:
+        """Seconds by which the median may be off: 1.48 median absolute deviations (a standard deviation, of a normal
+        distribution) over the square root of the number of visits, and no less than ``NOISE_FLOOR`` of the median."""
+        deviation = statistics.median(abs(seconds - self.median) for seconds in self.visits)
+        return max(1.4826 * deviation / math.sqrt(len(self.visits)), NOISE_FLOOR / 2 * self.median)
+
+    def __str__(self) -> str:
+        return f"{self.threads} thread{'s'[: self.threads > 1]}, spinning {'on' if self.spinning else 'off'}"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """``curve`` has the seconds of one step of M new tokens behind ``context`` others, ``decode`` those of one new
+    token behind each of some contexts, ``prefill`` those of a prompt of some tokens in an empty cache: medians, all
+    with the chosen ``threads`` and ``spinning``."""
+
+    key: str
+    threads: int
+    spinning: bool
+    reason: str
+    context: int
+    curve: dict[int, float]
+    decode: dict[int, float]
+    prefill: dict[int, float]
+    candidates: tuple[Candidate, ...]
+    versions: dict[str, str]
+
+    @property
+    def steady(self) -> bool:
+        """False when a step took ``UNSTEADY`` times as long as one of more tokens: something else was running."""
+        costs = [self.curve[m] for m in sorted(self.curve)]
+        return all(cost <= UNSTEADY * min(costs[i:]) for i, cost in enumerate(costs))
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``from_json`` reads; the key is not in it, it is what the record is found by."""
+        return {
+            "threads": self.threads,
+            "spinning": self.spinning,
+            "reason": self.reason,
+            "context": self.context,
+            **{name: _with_text_keys(getattr(self, name)) for name in ("curve", "decode", "prefill")},
+            "candidates": [
+                {"threads": c.threads, "spinning": c.spinning, "visits": list(c.visits)} for c in self.candidates
+            ],
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, key: str, record: object) -> Tuning:
+        """The record kept under ``key``; every number finite, positive and within bounds.
+
+        Raises ``ArtifactError`` that names the field. A record cannot ask for more than ``MOST_THREADS_PER_CORE``
+        threads on each of the cores in its key.
+        """
+        found = _KEY.fullmatch(key)
+        if found is None:
+            raise _refused(key, "its name is not of the form zen4-2c-32M")
+        fields = _Fields(key, record)
+        most = MOST_THREADS_PER_CORE * int(found["cores"])
+        tuning = cls(
+            key=key,
+            threads=fields.read("threads", lambda value: _count(value, 1, most)),
+            spinning=fields.read("spinning", _flag),
+            reason=fields.read("reason", _text),
+            context=fields.read("context", lambda value: _count(value, 0, MOST_TOKENS)),
+            curve=fields.read("curve", lambda value: _seconds_by_count(value, LONGEST_STEP)),
+            decode=fields.read("decode", lambda value: _seconds_by_count(value, MOST_TOKENS, least=0)),
+            prefill=fields.read("prefill", lambda value: _seconds_by_count(value, MOST_TOKENS)),
+            candidates=fields.read("candidates", lambda value: _candidates(value, most)),
+            versions=fields.read("versions", _versions),
+        )
+        fields.require_end()
+        if 1 not in tuning.curve:
+            raise _refused(key, "curve has no figure for 1 token")
+        return tuning
+
+
+def choose(candidates: tuple[Candidate, ...]) -> tuple[Candidate, str]:
+    """The simplest candidate (fewest threads, then spinning on) that the fastest does not beat by more than the noise,
+    and why in words. The noise between two is twice their spreads, added as independent errors are."""
+    fastest = min(candidates, key=lambda c: c.median)
+
+    def noise(candidate: Candidate) -> float:
+        return 2 * math.hypot(candidate.spread, fastest.spread)
+
+    simplest_first = sorted(candidates, key=lambda c: (c.threads, not c.spinning))
+    chosen = next(c for c in simplest_first if c is fastest or c.median - fastest.median <= noise(c))
+    if len(candidates) == 1:
+        return chosen, f"{chosen}: nothing else was tried"
+    if chosen is fastest:
+        return chosen, f"{chosen}: the fastest, and nothing simpler comes within the noise"
+    gap = chosen.median - fastest.median
+    return chosen, (
+        f"{chosen}: {fastest} is {1e3 * gap:.1f} ms a request faster, which is within the noise of "
+        f"{1e3 * noise(chosen):.1f} ms"
+    )
+
+
+class _Fields:
+    """The fields of a record, taken one by one; what is missing, wrong or left over is refused by name."""
+
+    def __init__(self, key: str, record: object) -> None:
+        if not isinstance(record, Mapping):
+            raise _refused(key, f"it is a {type(record).__name__}, expected an object")
+        self._key = key
+        self._left = dict(record)
+
+    def read(self, name: str, check: Callable[[object], Value]) -> Value:
+        if name not in self._left:
+            raise _refused(self._key, f"{name} is missing")
+        try:
+            return check(self._left.pop(name))
+        except ValueError as error:
+            raise _refused(self._key, f"{name} {error}") from error
+
+    def require_end(self) -> None:
+        if self._left:
+            raise _refused(self._key, f"{shown(next(iter(self._left)))} is not a field of it")
+
+
+def _refused(key: str, why: str) -> ArtifactError:
+    return ArtifactError(f"the tuning record {shown(key)}: {why}", hint="run ryzen-compile tune again")
+
+
+def _count(value: object, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"must be a whole number from {least} to {most}, got {shown(value)}")
+    return value
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MOST_SECONDS:
+        raise ValueError(f"must be seconds above 0 and up to {MOST_SECONDS:g}, got {shown(value)}")
+    return float(value)
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, got {shown(value)}")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > 1_000:
+        raise ValueError(f"must be a text of at most 1000 characters, got {shown(value)}")
+    return value
+
+
+def _seconds_by_count(value: object, most: int, *, least: int = 1) -> dict[int, float]:
+    """``{"1": 0.02}`` -> ``{1: 0.02}``, in the order of the counts."""
+    if not isinstance(value, Mapping) or not value or len(value) > LONGEST_STEP:
+        raise ValueError(f"must be an object of 1 to {LONGEST_STEP} figures, got {shown(value)}")
+    result: dict[int, float] = {}
+    for name, seconds in value.items():
+        if not isinstance(name, str) or not re.fullmatch(r"0|[1-9][0-9]{0,8}", name):
+            raise ValueError(f"has {shown(name)} for a number of tokens")
+        result[_count(int(name), least, most)] = _seconds(seconds)
+    return dict(sorted(result.items()))
+
+
+def _candidates(value: object, most_threads: int) -> tuple[Candidate, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MOST_CANDIDATES:
+        raise ValueError(f"must be a list of 1 to {MOST_CANDIDATES}, got {shown(value)}")
+    return tuple(_candidate(entry, most_threads) for entry in value)
+
+
+def _candidate(entry: object, most_threads: int) -> Candidate:
+    if not isinstance(entry, Mapping) or set(entry) != {"threads", "spinning", "visits"}:
+        raise ValueError(f"must have threads, spinning and visits each, got {shown(entry)}")
+    visits = entry["visits"]
+    if not isinstance(visits, list) or not 1 <= len(visits) <= MOST_VISITS:
+        raise ValueError(f"must have 1 to {MOST_VISITS} visits each, got {shown(visits)}")
+    threads = _count(entry["threads"], 1, most_threads)
+    return Candidate(threads, _flag(entry["spinning"]), tuple(_seconds(seconds) for seconds in visits))
+
+
+def _versions(value: object) -> dict[str, str]:
+    if not isinstance(value, Mapping) or len(value) > 20:
+        raise ValueError(f"must be an object of at most 20 versions, got {shown(value)}")
+    for name, version in value.items():
+        if not all(isinstance(text, str) and _VERSION.fullmatch(text) for text in (name, version)):
+            raise ValueError(f"has the version {shown(version)} of {shown(name)}")
+    return dict(value)
+
+
+def _with_text_keys(figures: Mapping[int, float]) -> dict[str, float]:
+    return {str(count): seconds for count, seconds in figures.items()}

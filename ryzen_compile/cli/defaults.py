@@ -1,0 +1,3 @@
+"""Defaults that several commands share, written out so that ``--help`` imports nothing; a test compares them."""
+
+DEFAULT_RECIPE = "int4"  # the configuration's own

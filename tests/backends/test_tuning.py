@@ -1,0 +1,163 @@
+"""The tuning record: what is chosen, and that nothing odd gets in through a manifest."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from ryzen_compile.backends.onnxruntime.tune import tuned_options
+from ryzen_compile.backends.onnxruntime.tuning import Candidate, Tuning, choose
+from ryzen_compile.errors import ArtifactError
+
+KEY = "zen4-2c-32M"
+GOOD: dict[str, Any] = {
+    "threads": 2,
+    "spinning": False,
+    "reason": "2 threads, spinning off: the fastest",
+    "context": 512,
+    "curve": {"1": 0.02, "2": 0.021, "16": 0.05},
+    "decode": {"0": 0.018, "512": 0.02},
+    "prefill": {"128": 0.6},
+    "candidates": [{"threads": 1, "spinning": True, "visits": [4.0, 4.1]}],
+    "versions": {"onnxruntime": "1.31.1", "ryzen-compile": "0.1.0.dev1+abc"},
+}
+
+
+def test_round_trip() -> None:
+    tuning = Tuning.from_json(KEY, GOOD)
+    assert tuning.curve == {1: 0.02, 2: 0.021, 16: 0.05} and tuning.candidates[0].visits == (4.0, 4.1)
+    assert json.loads(json.dumps(tuning.to_json())) == GOOD
+    assert Tuning.from_json(KEY, tuning.to_json()) == tuning
+
+
+def test_options_come_from_the_record_of_this_machine_only() -> None:
+    manifest = {"tuned": {KEY: GOOD, "zen5-8c-32M": {"damaged": True}}}
+    found = tuned_options(manifest, KEY)
+    assert found is not None and (found.threads, found.spinning) == (2, False)
+    assert tuned_options(manifest, "zen4-4c-32M") is None
+    assert tuned_options({}, KEY) is None
+    with pytest.raises(ArtifactError, match="'zen5-8c-32M': threads is missing; run ryzen-compile tune again"):
+        tuned_options(manifest, "zen5-8c-32M")
+    with pytest.raises(ArtifactError, match="'tuned' is not a table of machines: list"):
+        tuned_options({"tuned": []}, KEY)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("threads",), 0, "threads must be a whole number from 1 to 16, got '0'"),
+        (("threads",), 17, "from 1 to 16"),  # 8 a core: a manifest cannot ask for thousands of threads
+        (("threads",), True, "threads must be a whole number"),
+        (("threads",), 2.0, "threads must be a whole number"),
+        (("spinning",), 1, "spinning must be true or false"),
+        (("reason",), "x" * 1001, "reason must be a text"),
+        (("context",), -1, "context must be a whole number"),
+        (("curve",), {}, "curve must be an object of 1 to 64"),
+        (("curve",), {"2": 0.1}, "curve has no figure for 1 token"),
+        (("curve",), [0.1], "curve must be an object"),
+        (("curve", "1"), float("nan"), "curve must be seconds above 0"),
+        (("curve", "1"), float("inf"), "curve must be seconds above 0"),
+        (("curve", "1"), 0, "curve must be seconds above 0"),
+        (("curve", "1"), -0.1, "curve must be seconds above 0"),
+        (("curve", "1"), "0.1", "curve must be seconds above 0"),
+        (("curve", "1"), 10**400, "curve must be seconds above 0"),
+        (("curve", "01"), 0.1, "curve has '01' for a number of tokens"),
+        (("curve", "65"), 0.1, "from 1 to 64"),
+        (("curve", "0"), 0.1, "from 1 to 64"),
+        (("decode", "1.5"), 0.1, "decode has '1.5'"),
+        (("prefill", "99999999"), 0.1, "prefill must be a whole number"),
+        (("candidates",), [], "candidates must be a list"),
+        (("candidates", 0, "visits"), [], "candidates must have 1 to 1000 visits"),
+        (("candidates", 0, "visits"), [float("nan")], "candidates must be seconds"),
+        (("candidates", 0, "more"), 1, "candidates must have threads, spinning and visits"),
+        (("versions", "onnxruntime"), "1.0\n", "version"),
+        (("versions", "onnxruntime"), 1, "version"),
+        (("script",), "rm -rf", "'script' is not a field of it"),
+    ],
+)
+def test_odd_fields_are_refused_by_name(place: tuple[Any, ...], value: object, message: str) -> None:
+    record = copy.deepcopy(GOOD)
+    inner = record
+    for step in place[:-1]:
+        inner = inner[step]
+    inner[place[-1]] = value
+    with pytest.raises(ArtifactError) as caught:
+        Tuning.from_json(KEY, record)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", list(GOOD))
+def test_a_missing_field_is_named(name: str) -> None:
+    with pytest.raises(ArtifactError, match=f"{name} is missing"):
+        Tuning.from_json(KEY, {field: value for field, value in GOOD.items() if field != name})
+
+
+@pytest.mark.parametrize("key", ["", "zen4", "zen4-0c", "zen4-2c-32M\n", "../x-2c", "zen4-99999c-1M"])
+def test_odd_keys_are_refused(key: str) -> None:
+    with pytest.raises(ArtifactError, match="its name is not of the form zen4-2c-32M"):
+        Tuning.from_json(key, GOOD)
+
+
+@pytest.mark.parametrize("key", ["x86_64_v4-16c-64M", "zen4-1c", "m1-8c-0.5M"])
+def test_keys_of_real_machines(key: str) -> None:
+    assert Tuning.from_json(key, GOOD).key == key
+
+
+def test_a_record_must_be_an_object() -> None:
+    with pytest.raises(ArtifactError, match="it is a list, expected an object"):
+        Tuning.from_json(KEY, [])
+
+
+def candidate(threads: int, spinning: bool, *visits: float) -> Candidate:
+    return Candidate(threads, spinning, visits)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "chosen", "why"),
+    [
+        # A clear gain is taken ...
+        ([candidate(1, True, 20, 20.1, 20.2), candidate(2, True, 12, 12.1, 12.2)], 1, "the fastest"),
+        # ... one within the noise is not, whatever the order.
+        ([candidate(2, True, 10, 14, 18), candidate(1, True, 15, 15.1, 15.2)], 1, "within the noise"),
+        ([candidate(1, True, 10.1, 10.1), candidate(2, True, 10, 10)], 0, "within the noise"),  # 1 %, below the floor
+        # Small steps add up: 4 threads beat 1 clearly though no step beats the one before it.
+        (
+            [
+                candidate(1, True, 10.6, 10.6),
+                candidate(2, True, 10.3, 10.3),
+                candidate(3, True, 10.1, 10.1),
+                candidate(4, True, 10, 10),
+            ],
+            2,
+            "within the noise",
+        ),
+        # Spinning stays on where it makes no difference.
+        ([candidate(2, False, 10, 10), candidate(2, True, 10.1, 10.1)], 1, "spinning on"),
+        ([candidate(2, False, 10, 10), candidate(2, True, 12, 12)], 0, "spinning off"),
+        # One wild visit of five moves neither a median nor the noise.
+        ([candidate(1, True, 20, 20, 20, 20, 90), candidate(2, True, 12, 12, 12, 12, 80)], 1, "the fastest"),
+        ([candidate(3, True, 5)], 0, "nothing else was tried"),
+    ],
+)
+def test_choice(candidates: list[Candidate], chosen: int, why: str) -> None:
+    best, reason = choose(tuple(candidates))
+    assert best is candidates[chosen]
+    assert why in reason and str(best) in reason
+
+
+def test_spread_shrinks_with_visits_and_has_a_floor() -> None:
+    assert candidate(1, True, 10, 10, 10).spread == pytest.approx(0.1)
+    # deviations 1, 0, 1, 2, 2: their median is 1
+    assert candidate(1, True, 9, 10, 11, 12, 8).spread == pytest.approx(1.4826 / 5**0.5)
+
+
+@pytest.mark.parametrize(
+    ("curve", "steady"),
+    [({1: 1.0, 2: 1.0, 4: 3.0}, True), ({1: 1.2, 2: 1.0}, True), ({1: 1.0, 2: 9.0, 3: 1.1}, False)],
+)
+def test_a_disturbed_curve_is_noticed(curve: dict[int, float], steady: bool) -> None:
+    record = {**GOOD, "curve": {str(m): seconds for m, seconds in curve.items()}}
+    assert Tuning.from_json(KEY, record).steady is steady
