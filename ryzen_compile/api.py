@@ -231,7 +231,7 @@ def rewrite(
         program, chosen, supported_ops=target.supported_ops, gate=gate, strict=verify, progress=progress
     )
     facts: dict[str, object] = {"recipe": recipe.name, "backend": backend}
-    if calibration is not None:
+    if calibration is not None and text is not None:
         facts["calibration"] = {"text": calibration.name, "sha256": calibration.digest, "tokens": text.numel()}
     return program, replace(report, capture_seconds=seconds, facts=facts)
 

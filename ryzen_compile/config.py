@@ -32,7 +32,8 @@ class TensorFormat(BaseModel):
 class WeightQuantization(BaseModel):
     """Block-wise integer weights: ``bits`` each, a float32 scale for every ``block`` of a row.
 
-    ``method`` chooses the codes; ``gptq`` reads calibration text, and without any ``fallback`` is used and reported.
+    ``method`` chooses the codes; ``gptq`` reads calibration text. Where there is none, ``fallback`` changes the format:
+    another method, and smaller blocks to make up for it.
     ``target_bits`` (stored bits per weight, scales included) mixes this format with the next wider one, tensor by
     tensor, by measured sensitivity. ``head_bits`` is for the output head and a table tied to it. ``overrides`` maps
     regular expressions over weight names to formats; the last that matches wins. ``accuracy_level`` 4 lets the product
@@ -46,12 +47,19 @@ class WeightQuantization(BaseModel):
     block: Block = 128
     symmetric: bool = True
     method: Method = "gptq"
-    fallback: Method = "mse"
+    fallback: TensorFormat = TensorFormat(method="mse", block=64)
     head_bits: Bits | None = None
     target_bits: float | None = Field(default=None, gt=2, lt=9)
     overrides: Mapping[str, TensorFormat] = Field(default_factory=dict)
     accuracy_level: Literal[0, 4] = 4
     max_kl: float = Field(default=0.5, gt=0)
+
+    @field_validator("fallback")
+    @classmethod
+    def _reads_no_text(cls, fallback: TensorFormat) -> TensorFormat:
+        if fallback.method in (None, "gptq") or fallback.float:
+            raise ValueError("expected a method that reads no text: rtn, mse or hqq")
+        return fallback
 
     @field_validator("overrides")
     @classmethod
@@ -86,13 +94,13 @@ class Recipe(BaseModel):
 RECIPES: tuple[Recipe, ...] = (
     Recipe(
         name="int4",
-        description="4-bit weights in blocks of 128, calibrated",
-        weights=WeightQuantization(),
+        description="4-bit weights in blocks of 128, 8-bit head, calibrated",
+        weights=WeightQuantization(head_bits=8),
     ),
     Recipe(
         name="int8",
-        description="8-bit weights in blocks of 128",
-        weights=WeightQuantization(bits=8, method="mse", max_kl=0.05),
+        description="8-bit weights in blocks of 128, calibrated",
+        weights=WeightQuantization(bits=8, max_kl=0.05),
     ),
     Recipe(
         name="int4-fast",
@@ -158,6 +166,7 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         expression, equals, settings = text.partition("=")
         if not equals or not expression or not settings:
             raise ConfigError(f"override {text!r}: expected REGEX=SETTING", hint="for example lm_head=8,block=32")
+        found.pop(expression, None)  # of two equal ones the later, in its place: the last that matches a weight wins
         found[expression] = dict(_override_setting(text, part.strip()) for part in settings.split(","))
     return found
 

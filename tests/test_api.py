@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from torch import nn
 import ryzen_compile
 from ryzen_compile import CompiledModel, Recipe, default_passes, errors
 from ryzen_compile.api import export
+from ryzen_compile.config import find_recipe
 from ryzen_compile.manifest import MANIFEST_NAME, read_manifest
 from tests.model_directory import case_named, listing, shared_artifact, shared_model
 from tests.zoo import CONTEXT, VOCAB, NanoDecoder, build, randomize
@@ -396,3 +398,156 @@ def test_loading_needs_neither_torch_nor_transformers(compiled: CompiledModel, s
     )  # fmt: skip
     assert child.stderr == ""
     assert child.stdout.strip() == f"{greedy(compiled)} []"
+
+
+# --- integer weights --------------------------------------------------------------------------------------------------
+TEXT = "".join(f"def add_{i}(first, second):\n    return first + second * {i}\n" for i in range(900))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More than enough to calibrate on: about a character a token."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def notes(report: Any) -> dict[str, str]:
+    """What the quantizing pass says of each weight, by its label."""
+    record = next(r for r in report.records if r.name == "quantize_weights")
+    return dict(hit.note.split(": ", 1) for hit in record.hits)
+
+
+def test_by_default_weights_are_four_bits_and_a_model_in_memory_is_not_calibrated(model: nn.Module) -> None:
+    before = state_of(model)
+    with ryzen_compile.optimize(model) as found:
+        assert found.report.facts["recipe"] == "int4" and "calibration" not in found.report.facts
+        said = notes(found.report)
+        assert len(said) == 4 + 2  # a layer, the table and the head
+        assert said.pop("lm_head") == "8 bits, blocks of 64, mse"
+        assert all(re.fullmatch(r"4 bits, blocks of (32|64), mse", note) for note in said.values()), said
+        assert greedy(found)
+    assert state_of(model) == before
+
+
+@pytest.fixture(scope="module")
+def integer(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterator[CompiledModel]:
+    """Every option at once."""
+    directory = shared_model(tmp_path_factory)
+    with ryzen_compile.optimize(
+        directory,
+        recipe=Recipe(**{**find_recipe("int4", bits=2, max_kl=20.0).model_dump(), "name": "own"}),
+        target_bits=5.0,
+        overrides={"lm_head": {"bits": 8}, r"layers\.1\.mlp\.down": {"float": True}},
+        prefill="int8",
+        calibration=text,
+        threads=1,
+    ) as found:
+        yield found
+
+
+def test_options_reach_the_weights(integer: CompiledModel, text: Path) -> None:
+    said = notes(integer.report)
+    assert said["lm_head"].startswith("8 bits, blocks of 64, gptq")
+    assert "model.layers.1.mlp.down_proj" not in said and len(said) == 2 * 4 + 2 - 1
+    assert {note[:6] for label, note in said.items() if label != "lm_head"} == {"2 bits", "4 bits"}
+    facts = integer.report.facts["calibration"]
+    assert facts["text"] == text.name and facts["tokens"] == 64 * CONTEXT  # windows of 256, cut to the context
+    assert facts["sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def twofold(integer: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("twofold") / "artifact"
+    integer.save_pretrained(out)
+    return out
+
+
+LONG_PROMPT = np.random.default_rng(4).integers(3, VOCAB, (1, 40))
+
+
+def test_an_artifact_with_a_second_form_loads_and_uses_it_for_prompts(
+    integer: CompiledModel, twofold: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = read_manifest(twofold)["files"]
+    assert {"model.onnx", "model.onnx.data", "prefill.onnx", "prefill.onnx.data"} <= set(files)
+    assert read_manifest(twofold)["recipe"]["prefill"] == "int8"
+    with ryzen_compile.load(twofold, threads=1) as loaded:
+        engine: Any = loaded.engine
+        used = {"main": [], "prefill": []}
+        for name, bound in (("main", engine._main), ("prefill", engine._prefill)):
+
+            def counted(tokens: Any, cache: Any, run: Any = bound.run, seen: list[int] = used[name]) -> Any:
+                seen.append(tokens.shape[1])
+                return run(tokens, cache)
+
+            monkeypatch.setattr(bound, "run", counted)
+        out = loaded.generate(LONG_PROMPT, max_new_tokens=NEW)
+        assert used == {"main": [1] * (NEW - 1), "prefill": [40]}
+        assert (out == integer.generate(LONG_PROMPT, max_new_tokens=NEW)).all()
+        loaded.generate(LONG_PROMPT[:, :15], max_new_tokens=1)
+        assert used["main"][-1] == 15  # short prompts stay with the first form
+    with ryzen_compile.load(twofold, threads=1) as loaded:
+        rows = loaded(LONG_PROMPT).astype(np.float64)
+        loaded.engine._prefill = None
+        blocks = loaded(LONG_PROMPT).astype(np.float64)
+    noise = np.square(rows - blocks).sum()
+    assert 0 < noise < 1e-2 * np.square(blocks).sum()  # 20 dB: another rounding of the same weights
+
+
+def test_an_artifact_with_a_second_form_is_copied_whole(twofold: Path, tmp_path: Path) -> None:
+    with ryzen_compile.load(twofold) as loaded:
+        loaded.save_pretrained(tmp_path / "copy")
+    assert digests(tmp_path / "copy") == digests(twofold)
+
+
+@pytest.mark.parametrize("name", ["prefill.onnx", "prefill.onnx.data"])
+def test_a_second_form_is_checked(twofold: Path, tmp_path: Path, name: str) -> None:
+    copy_ = Path(shutil.copytree(twofold, tmp_path / "artifact"))
+    data = bytearray((copy_ / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy_ / name).write_bytes(data)
+    with pytest.raises(errors.TamperedError, match=rf"'{re.escape(name)}': expected SHA-256"):
+        ryzen_compile.load(copy_)
+    (copy_ / name).unlink()
+    with pytest.raises(errors.TamperedError, match=rf"'{re.escape(name)}' is missing"):
+        ryzen_compile.load(copy_)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overrides": {"lm_hed": {"bits": 8}}}, "override 'lm_hed' matches no weight; the nearest is 'lm_head"),
+        ({"overrides": {"q_proj": {"bits": 8}}}, "which are merged into one weight"),
+        ({"target_bits": 3.0}, r"target_bits 3\.0: with these formats the weights take 5\.\d+ to 8\.\d+ bits each"),
+        ({"recipe": "fp32", "target_bits": 5.0}, "recipe 'fp32' keeps float32 weights, it has no target_bits"),
+    ],
+)
+def test_what_cannot_be_quantized_so(model: nn.Module, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(errors.ConfigError, match=message):
+        ryzen_compile.optimize(model, verify=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no text at"),
+        ("too short", r"the text has \d+ tokens, 16384 are needed"),
+        (" \n", "holds no text"),
+    ],
+)
+def test_calibration_text_that_cannot_be_used(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "text.txt").write_text(content)
+    with pytest.raises(errors.UsageError, match=message):
+        export(shared_model(tmp_path_factory), tmp_path / "out", calibration=tmp_path / "text.txt")
+    assert not (tmp_path / "out").exists()
+
+
+def test_float_recipes_read_no_calibration_text(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    report = export(
+        shared_model(tmp_path_factory), tmp_path / "out", "fp32", calibration=tmp_path / "absent", verify=False
+    )
+    assert "calibration" not in report.facts

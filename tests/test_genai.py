@@ -12,9 +12,12 @@ import pytest
 import transformers
 
 import ryzen_compile
+from ryzen_compile.api import export
 from ryzen_compile.backends.onnxruntime import artifact as artifacts
 from ryzen_compile.backends.onnxruntime.genai import known_tokenizer_class
-from tests.model_directory import TOKENS, shared_artifact, tokenizer
+from ryzen_compile.config import find_recipe
+from ryzen_compile.manifest import MANIFEST_NAME
+from tests.model_directory import TOKENS, shared_artifact, shared_model, tokenizer
 from tests.zoo import WINDOW
 
 genai = pytest.importorskip("onnxruntime_genai")
@@ -90,6 +93,19 @@ def test_a_bare_session_gives_the_same_tokens(artifact: Path, expected: dict[int
             past = {name: results[name.replace("past_key_values", "present")] for name in past}
             tokens, seen = np.array([found[-1:]]), total
         assert found == expected[length], length
+
+
+def test_integer_weights_run_unchanged(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Both run the same graph with activations of 8 bits, so the tokens are the same to the last."""
+    out = tmp_path / "int4"
+    export(shared_model(tmp_path_factory, "llama"), out, find_recipe("int4", method="mse", max_kl=20.0))
+    assert json.loads((out / MANIFEST_NAME).read_text())["recipe"]["weights"]["accuracy_level"] == 4
+    theirs = genai.Model(str(out))
+    with ryzen_compile.load(out) as model:
+        for length, ids in PROMPTS.items():
+            ours = model.generate(ids, max_new_tokens=NEW)[0, length:].tolist()
+            assert 2 not in ours and len(set(ours)) > 3
+            assert genai_tokens(theirs, ids) == ours, length
 
 
 def test_positions_are_an_input_only_where_they_are_read(artifact: Path) -> None:

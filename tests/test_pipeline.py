@@ -366,7 +366,7 @@ def test_a_lossy_pass_over_its_budget_is_rolled_back(nano: Program, wrong: type[
 
 
 def test_a_required_lossy_pass_over_its_budget_ends_the_run(nano: Program) -> None:
-    with pytest.raises(ParityError, match=r"^pass must_round: mean KL divergence .* nats per token, 0\.05 is") as caught:
+    with pytest.raises(ParityError, match=r"^pass must_round: mean KL divergence .* token, 0\.05 is") as caught:
         run_passes(nano, (Canonicalize(), RequiredCoarse()), gate=own_gate(nano))
     assert "more bits" in caught.value.hint and caught.value.exit_code == 7
 

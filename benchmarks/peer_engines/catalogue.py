@@ -67,8 +67,9 @@ class Subject:
 def parse_recipe(text: str) -> Subject:
     """``int4`` or ``int4:prefill=int8,context=1024``: a recipe, and settings of it that are replaced.
 
-    The whole recipe is what the engine is told, so that one whose definition has changed is exported anew. Raises
-    ``ConfigError`` for what is no recipe or no setting.
+    Codes are rounded to the nearest unless a ``method`` is given: speed does not depend on them, and to calibrate
+    random weights takes long and finds nothing. The whole recipe is what the engine is told, so that one whose
+    definition has changed is exported anew. Raises ``ConfigError`` for what is no recipe or no setting.
     """
     recipe, _, settings = text.partition(":")
     changes: dict[str, Any] = {}
@@ -81,8 +82,10 @@ def parse_recipe(text: str) -> Subject:
         except json.JSONDecodeError:
             changes[name] = value
     shown = "".join(f", {name} {value}" for name, value in changes.items())
-    options = find_recipe(recipe, **changes).model_dump()
-    return Subject(f"ryzen_compile {recipe}{shown}", "ours", "torch", options)
+    chosen = find_recipe(recipe, **changes)
+    if chosen.weights is not None and "method" not in changes:
+        chosen = find_recipe(chosen, method="rtn")
+    return Subject(f"ryzen_compile {recipe}{shown}", "ours", "torch", chosen.model_dump())
 
 
 def peers(flash: str) -> list[Subject]:

@@ -10,8 +10,6 @@ import onnx
 
 # Read a row of, not all of.
 LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})
-# Integer products that a graph with MatMulNBits keeps for prompts only.
-PROMPT_ONLY = frozenset({"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm", "QLinearMatMul"})
 BITS = {
     onnx.TensorProto.UINT4: 4, onnx.TensorProto.INT4: 4,
     onnx.TensorProto.UINT2: 2, onnx.TensorProto.INT2: 2,
@@ -19,7 +17,7 @@ BITS = {
 
 
 def bytes_per_token(path: Path) -> int:
-    """The initializers of at least 1 KiB whose readers are neither lookups nor products for prompts only."""
+    """The initializers of at least 1 KiB that anything but a lookup reads."""
     model = onnx.load(path, load_external_data=False)
     readers: dict[str, set[str]] = {}
     sizes: dict[str, int] = {}
@@ -29,8 +27,7 @@ def bytes_per_token(path: Path) -> int:
         for node in graph.node:
             for name in node.input:
                 readers.setdefault(name, set()).add(node.op_type)
-    skipped = LOOKUPS | (PROMPT_ONLY if any("MatMulNBits" in ops for ops in readers.values()) else frozenset())
-    return sum(size for name, size in sizes.items() if size >= 1024 and readers.get(name, set()) - skipped)
+    return sum(size for name, size in sizes.items() if size >= 1024 and readers.get(name, set()) - LOOKUPS)
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -19,9 +19,10 @@ def prepare(request: Request) -> dict[str, Any]:
 
     recipe = Recipe(**request.options)
     artifact = Path(request.path) / "artifact"
-    export(random_model(request.shape), artifact, recipe)
+    # Unverified: the gate compares logits, and here they mean nothing.
+    export(random_model(request.shape), artifact, recipe, verify=False)
     weights = recipe.weights
-    described = "fp32" if weights is None else f"{weights.bits}-bit g{weights.block}"
+    described = "fp32" if weights is None else f"{weights.bits}-bit g{weights.block}, codes by {weights.method}"
     return {
         "bytes_per_token": bytes_per_token(artifact / "model.onnx"),
         "artifact_bytes": sum(file.stat().st_size for file in artifact.rglob("*") if file.is_file()),

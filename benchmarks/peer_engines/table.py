@@ -120,7 +120,7 @@ def report(
     rounds = len({sample.round for sample in samples})
     title = f"### {setting.shape}, prompt {setting.prompt}, {setting.new} tokens after it, {setting.threads} threads\n"
     how = (
-        f"{setting.machine}; {setting.date}; {rounds} round{'s' * (rounds > 1)}, engines in turns, one process at a time; "
+        f"{setting.machine}; {setting.date}; rounds: {rounds}, engines in turns, one process at a time; "
         f"plain read {spread(streams)} GB/s; load average at most "
         f"{max(sample.load_average for sample in samples):.1f} before a turn.\n"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,6 +73,7 @@ def _open(
     from ryzen_compile.api import export, load
     from ryzen_compile.errors import UsageError
     from ryzen_compile.manifest import MANIFEST_NAME
+    from ryzen_compile.validate.memory import resident_set
 
     unknown = set(names) - {"onnxruntime", "hf", "eager"}
     if unknown:
@@ -89,9 +91,16 @@ def _open(
             if artifact is None:
                 artifact = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "artifact"
                 export(model, artifact, recipe, verify=False)
+            started, before = time.perf_counter(), resident_set().total
             compiled = stack.enter_context(load(artifact, threads=threads, digests=False))
+            seconds, grown = time.perf_counter() - started, resident_set().total - before
             engines.append(compiled.engine)
             sizes[compiled.engine.name] = (artifact / "model.onnx.data").stat().st_size
+            size = sum(path.stat().st_size for path in artifact.glob("*.onnx*"))
+            typer.echo(
+                f"loaded in {seconds:.2f} s, resident set +{grown / 2**20:.0f} MiB: {grown / size:.2f} x the artifact",
+                err=True,
+            )
         else:
             engines.append(_torch_engine(name, model, threads))
             sizes[engines[-1].name] = sum(p.numel() * p.element_size() for p in model.parameters())

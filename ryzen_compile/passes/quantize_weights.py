@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +30,15 @@ from ryzen_compile.numerics.search import METHODS, StatisticsBuilder, quantize_w
 from ryzen_compile.passes.base import Pass, PassResult, Promise, Site
 from ryzen_compile.passes.bit_plan import mix_bits
 from ryzen_compile.passes.prune_logits import head_chain
-from ryzen_compile.passes.weight_targets import LINEARS, Choice, Target, assemble, choose_formats, find_targets
+from ryzen_compile.passes.weight_targets import (
+    LINEARS,
+    Choice,
+    Target,
+    assemble,
+    change_format,
+    choose_formats,
+    find_targets,
+)
 from ryzen_compile.program import Program, is_call, module_path
 
 aten = torch.ops.aten
@@ -66,9 +73,9 @@ class QuantizeWeights(Pass):
         targets, misses = find_targets(program)
         done = self._repacked(program, targets)
         choices = choose_formats([t for t in targets if t not in done], self.settings)
+        choices = {target: self._affordable(target, choice) for target, choice in choices.items()}
         if self.settings.target_bits is not None:
             choices = mix_bits(program, choices, self.settings.target_bits, self._calibration)
-        choices = {target: self._affordable(target, choice) for target, choice in choices.items()}
         done |= quantize_targets(program, choices, self._calibration)
         edit = Edit(program, self.name)
         rewritten = {node.name: node for node in edit.graph.nodes}  # Edit works on a copy of the graph
@@ -79,14 +86,14 @@ class QuantizeWeights(Pass):
         return PassResult(edit.finish() if hits else program, tuple(hits), tuple(left))
 
     def _repacked(self, program: Program, targets: Sequence[Target]) -> dict[Target, BlockTensor]:
-        """The targets whose weights came quantized; raises ``UnsupportedError`` when one that did is in none of them."""
+        """The targets whose weights came quantized; raises ``UnsupportedError`` for one that cannot be kept so."""
         found = {target: assemble(target.weight, program, self._given) for target in targets} if self._given else {}
         done = {target: tensor for target, tensor in found.items() if tensor is not None}
         lost = set(self._given) & set(program.weight_names.values()) - {name for t in done for name in t.names}
         if lost:
             raise UnsupportedError(
-                f"{len(lost)} weight(s) came quantized and cannot be kept so, {min(lost)} among them: it is merged with "
-                f"weights of another format, or read by something else than a linear",
+                f"{len(lost)} weight(s) came quantized and cannot be kept so, {min(lost)} among them: it is merged "
+                f"with weights of another format, or read by something else than a linear",
                 hint="recipe fp32 takes such a checkpoint with its weights widened",
             )
         return done
@@ -95,7 +102,7 @@ class QuantizeWeights(Pass):
         """A method that needs statistics, where there are none: the fallback. A lookup alone has no inputs to count."""
         if not METHODS[choice.method].needs_statistics or (self._calibration is not None and target.linears):
             return choice
-        return replace(choice, method=self.settings.fallback)
+        return change_format(target, choice, self.settings.fallback)
 
 
 def quantize_targets(

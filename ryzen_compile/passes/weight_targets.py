@@ -131,6 +131,14 @@ def choose_formats(targets: Sequence[Target], settings: WeightQuantization) -> d
     return chosen
 
 
+def change_format(target: Target, choice: Choice, change: TensorFormat) -> Choice:
+    """``choice`` with what ``change`` says of it; a block only ever becomes smaller."""
+    form = choice.format
+    block = form.block if change.block is None else min(form.block, fitting_block(target.width, change.block))
+    symmetric = form.symmetric if change.symmetric is None else change.symmetric
+    return Choice(BlockFormat(change.bits or form.bits, block, symmetric), change.method or choice.method)
+
+
 def _choice(target: Target, settings: WeightQuantization) -> Choice | None:
     asked = {name: _override(name, settings.overrides) for name in target.names}
     change = asked[target.names[0]]

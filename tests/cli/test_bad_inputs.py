@@ -95,6 +95,9 @@ def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
         (["generate", "a", "p", "--threads", "0"], "'--threads': Input should be greater than or equal to 1"),
         (["generate", "a", "p", "--temperature", "warm"], "'--temperature': Input should be a valid number"),
         (["bench", "a", "-r", "0"], "'-r': Input should be greater than or equal to 1"),
+        (["export", "m", "o", "--target-bits", "few"], "'--target-bits': Input should be a valid number"),
+        (["export", "m", "o", "--overide", "a=8"], "--override"),
+        (["export", "m", "o", "--calibraton", "a"], "--calibration"),
         (["bench"], "give either TARGET or --shape"),
         (["bench", "a", "--shape", "tinyllama-1.1b"], "give either TARGET or --shape"),
         (["bench", "a", "--engine", "tensorrt"], "unknown engine 'tensorrt'; engines are onnxruntime, hf and eager"),
@@ -114,11 +117,23 @@ def test_an_unknown_recipe_is_refused_before_the_model_is_read(fails: Any, tmp_p
     for arguments in (["export", absent, tmp_path / "out"], ["explain", absent], ["passes"]):
         said = fails(3, "config", *arguments, "--recipe", "fp23")
         assert said == "there is no recipe 'fp23'; did you mean 'fp32'?"
+    for option, value, said in (
+        ("--override", "lm_head", "override 'lm_head': expected REGEX=SETTING; for example lm_head=8,block=32"),
+        ("--override", "a(=8", "recipe 'int4': weights.overrides: Value error, 'a(' is not a regular expression"),
+        ("--prefill", "int4", "recipe 'int4': prefill: Input should be 'shared' or 'int8', got 'int4'"),
+        ("--target-bits", 1, "recipe 'int4': weights.target_bits: Input should be greater than 2, got 1.0"),
+    ):
+        assert fails(3, "config", "export", absent, tmp_path / "out", option, value).startswith(said)
     said = fails(3, "config", "export", absent, tmp_path / "out", "--logits", "some")
     assert said == "recipe 'int4': logits: Input should be 'last' or 'all', got 'some'"
 
 
 # --- where to write ---------------------------------------------------------------------------------------------------
+def test_calibration_text_that_is_not_there(fails: Any, model: Path, tmp_path: Path) -> None:
+    said = fails(2, "usage", "export", model, tmp_path / "out", "-q", "--calibration", tmp_path / "absent.txt")
+    assert said.startswith(f"there is no text at '{tmp_path / 'absent.txt'}'")
+
+
 def test_an_output_directory_that_is_not_empty(fails: Any, model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")

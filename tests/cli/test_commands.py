@@ -80,7 +80,8 @@ def test_export_writes_an_artifact_and_tells_how(run: Any, model: Path, artifact
 
 def test_export_as_json_replaces_with_force(run: Any, model: Path, artifact: Path, tmp_path: Path) -> None:
     shutil.copytree(artifact, tmp_path / "out")
-    out, err = run("export", model, tmp_path / "out", "--force", "--no-verify", "--json", "--context", 32, "--recipe", "fp32")
+    options = ("--force", "--no-verify", "--json", "--context", 32, "--recipe", "fp32")
+    out, err = run("export", model, tmp_path / "out", *options)
     found = json.loads(out)
     assert err == ""
     assert found["artifact"] == str(tmp_path / "out")
@@ -88,6 +89,34 @@ def test_export_as_json_replaces_with_force(run: Any, model: Path, artifact: Pat
     assert all(record["max_error"] is None for record in found["report"]["records"])
     assert read_manifest(tmp_path / "out")["recipe"]["context"] == 32
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough to calibrate on."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("".join(f"def add_{i}(a, b):\n    return a + {i} * b\n" for i in range(900)))
+    return path
+
+
+def test_export_quantizes_as_it_is_told(run: Any, model: Path, text: Path, tmp_path: Path) -> None:
+    out, err = run(
+        "export", model, tmp_path / "out", "--recipe", "int3-mixed", "--target-bits", 5, "--prefill", "int8",
+        "--calibration", text, "--override", "lm_head=8,block=32", "--override", "embed=float", "--no-verify",
+    )  # fmt: skip
+    assert re.search(r"^quantize_weights +applied +9 ", out, re.MULTILINE)
+    steps = [re.sub(r"^ *[\d.]+ s  ", "", line) for line in err.splitlines()]
+    assert steps == ["loading weights", "reading the calibration text", "capturing the graph", "writing the artifact"]
+    recipe = read_manifest(tmp_path / "out")["recipe"]
+    assert (recipe["name"], recipe["prefill"], recipe["weights"]["target_bits"]) == ("int3-mixed", "int8", 5.0)
+    assert set(recipe["weights"]["overrides"]) == {"lm_head", "embed"}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["facts"]["calibration"]["text"] == text.name
+    hits = next(r for r in report["records"] if r["name"] == "quantize_weights")["hits"]
+    head = next(hit for hit in hits if hit["note"].startswith("lm_head"))
+    assert head["note"] == "lm_head: 8 bits, blocks of 32 with zero points, gptq"
+    assert (tmp_path / "out" / "prefill.onnx").exists()
+    assert len(expected(tmp_path / "out", PROMPT * 4, 5)) == 5
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -216,7 +245,7 @@ def test_explain_a_model_shows_hits_reasons_and_operators(run: Any, model: Path)
 
 def test_passes_are_listed_in_order(run: Any) -> None:
     out, err = run("passes")
-    assert [line.split()[:2] for line in out.splitlines()] == [[str(i), name] for i, name in enumerate(DEFAULT_PASSES, 1)]
+    assert [line.split()[:2] for line in out.splitlines()] == [[str(i), n] for i, n in enumerate(DEFAULT_PASSES, 1)]
     assert err == ""
     rows = json.loads(run("passes", "--json", "--recipe", "fp32")[0])
     assert [(row["order"], row["name"]) for row in rows] == list(enumerate(PASSES, 1))

@@ -206,8 +206,9 @@ def test_a_loss_is_a_divergence_on_the_text(plain: Program) -> None:
     text = torch.randint(99, (5, 23), generator=torch.Generator().manual_seed(9))
     gate = ParityGate(plain, text=text)
     assert gate.measure_loss(plain) == (0.0, 1.0)
-    found = [gate.measure_loss(rescaled(factor)(plain)) for factor in (1.001, 1.05, -1.0)]
-    for (kl, top1), program in zip(found, map(lambda f: rescaled(f)(plain), (1.001, 1.05, -1.0)), strict=True):
+    programs = [rescaled(factor)(plain) for factor in (1.001, 1.05, -1.0)]
+    found = [gate.measure_loss(program) for program in programs]
+    for (kl, top1), program in zip(found, programs, strict=True):
         p, q = (torch.softmax(full_logits(each, text).double(), -1) for each in (plain, program))
         assert kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-6, abs=1e-12)
         assert top1 == float((p.argmax(-1) == q.argmax(-1)).double().mean())

@@ -94,7 +94,9 @@ def _wide_product(
     block: int,
     width: int,
 ) -> ir.Value:
-    weight, channel = _byte_weight(e, packed, scales, zeros, bits, block, width)
+    weight, channel = e.once(  # a weight may be multiplied with in several places
+        ("bytes", packed.name), lambda: _byte_weight(e, packed, scales, zeros, bits, block, width)
+    )
     step, codes = e.call("QuantizeRows", (), _quantize_rows, (x,), outputs=2)
     one, zero = e.once(("one",), lambda: e.constant(1.0)), e.once(("zero",), lambda: e.constant(ZERO, np.uint8))
     product = e.op("MatMulIntegerToFloat", codes, weight, one, channel, zero, domain=CONTRIB)

@@ -50,7 +50,7 @@ class WeightsFiles:
         tensor = value.const_value
         if tensor is None or tensor.nbytes <= INLINE:
             return
-        content = memoryview(np.ascontiguousarray(tensor.numpy())).cast("B")
+        content = np.ascontiguousarray(tensor.numpy()).data.cast("B")
         digest = hashlib.sha256(content).digest()
         if digest not in self._known:
             stream.write(bytes(-stream.tell() % ALIGNMENT))
@@ -58,5 +58,11 @@ class WeightsFiles:
             stream.write(content)
         location, offset, length = self._known[digest]
         value.const_value = ir.ExternalTensor(
-            location, offset, length, tensor.dtype, shape=tensor.shape, name=value.name or "", base_dir=self._directory
+            location,
+            offset,
+            length,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape),
+            name=value.name or "",
+            base_dir=self._directory,
         )

@@ -11,14 +11,13 @@ from torch import Tensor
 from ryzen_compile.errors import UsageError
 from ryzen_compile.numerics.blockwise import BlockFormat, BlockTensor
 from ryzen_compile.numerics.search import gptq as _gptq
-from ryzen_compile.numerics.search.awq import channel_scales as _channel_scales
 from ryzen_compile.numerics.search.hqq import half_quadratic
 from ryzen_compile.numerics.search.rtn import round_to_best, round_to_nearest
 from ryzen_compile.numerics.search.statistics import InputStatistics, StatisticsBuilder
 
 Quantizer = Callable[[Tensor, BlockFormat, InputStatistics | None], BlockTensor]
 
-__all__ = ["METHODS", "InputStatistics", "Method", "Quantizer", "StatisticsBuilder", "channel_scales", "quantize_with"]
+__all__ = ["METHODS", "InputStatistics", "Method", "Quantizer", "StatisticsBuilder", "quantize_with"]
 
 
 @dataclass(frozen=True)
@@ -76,17 +75,10 @@ def quantize_with(method: str, w: Tensor, form: BlockFormat, statistics: InputSt
     return chosen.function(w.detach(), form, statistics)
 
 
-def channel_scales(
-    weights: list[Tensor], form: BlockFormat, statistics: InputStatistics, method: str = "mse"
-) -> tuple[Tensor, float, float]:
-    """(s (K,), relative output error without, with) of ``weights`` that read one input; see ``awq``."""
-    return _channel_scales(weights, form, statistics, _find(method).function)
-
-
 def _find(method: str) -> Method:
     if method in METHODS:
         return METHODS[method]
-    near = get_close_matches(method, METHODS, n=1, cutoff=0.0)
+    near = get_close_matches(method.lower(), METHODS, n=1, cutoff=0.0)
     raise UsageError(f"unknown method {method!r}, known are {', '.join(METHODS)}", hint=f"did you mean {near[0]!r}?")
 
 

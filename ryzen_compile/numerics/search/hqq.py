@@ -40,7 +40,8 @@ def half_quadratic(w: Tensor, form: BlockFormat) -> BlockTensor:
 
 def _search(blocks: Tensor, form: BlockFormat) -> Grid:
     scales, zeros = search_blocks(blocks, form)
-    unit = usable_scales(blocks.square().mean(-1).sqrt())
+    most = usable_scales(blocks.abs().amax(-1, keepdim=True))
+    unit = most[..., 0] * usable_scales((blocks / most).square().mean(-1).sqrt())  # the root mean square
     blocks, scales = blocks / unit[..., None], scales / unit
     zeros = None if zeros is None else zeros.float()
     best, best_zeros, least = scales, zeros, torch.full_like(scales, torch.inf)

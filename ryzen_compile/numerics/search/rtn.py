@@ -71,7 +71,8 @@ def search_blocks(blocks: Tensor, form: BlockFormat, importance: Tensor | None =
     """``best_grid`` for ``blocks`` (R, B, block) float32 and ``importance`` (B, block) or none: each (R, B)."""
     # Squares of weights in units of their block's largest neither overflow nor vanish.
     unit = usable_scales(blocks.abs().amax(-1))
-    search = _Search(blocks / unit[..., None], form, None if importance is None else _normalized(importance))
+    importance = None if importance is None else _normalized(importance)
+    search = _Search(blocks / unit[..., None], form, importance)
     scales, zero_points = search.best_candidate()
     for _ in range(REFITS):
         scales = search.refit(scales, zero_points)

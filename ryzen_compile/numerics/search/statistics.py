@@ -1,4 +1,4 @@
-"""What a search may know about the inputs of a product: their second moments and mean magnitudes."""
+"""What a search may know about the inputs of a product: their second moments."""
 
 from __future__ import annotations
 
@@ -11,39 +11,35 @@ from ryzen_compile.errors import UsageError
 
 TOKENS_AT_ONCE = 1 << 13
 DAMPING = 0.01  # of the mean second moment, added to each (Frantar et al., 2022)
-# Or, if more, this times channels per token: few tokens of heavy-tailed channels say little about the next ones. On the
-# shipped model's down projection in layer 4 (704 wide), calibration on 1024 tokens with 1 % gives 19.2 dB on other text,
-# none 22.1, and calibration with this term 22.3; from some ten tokens per channel on, both are alike.
+# Or, if more, this times channels per token: few tokens of heavy-tailed channels say little about the next ones. On
+# the shipped model's down projection in layer 4 (704 wide), calibration on 1024 tokens with 1 % gives 19.2 dB on
+# other text, none 22.1, and calibration with this term 22.3; from some ten tokens per channel on, both are alike.
 DAMPING_PER_TOKEN = 2.0
 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Of inputs x (K,): ``count`` tokens, ``hessian`` (K, K) float32 the mean of x xᵀ, ``mean_abs`` (K,) of ``|x|``."""
+    """Of inputs x (K,): ``count`` tokens, ``hessian`` (K, K) float32 the mean of x xᵀ."""
 
     count: int
     hessian: Tensor
-    mean_abs: Tensor
 
     def __post_init__(self) -> None:
-        width = self.mean_abs.shape[-1]
-        if self.hessian.shape != (width, width) or self.mean_abs.ndim != 1:
-            raise UsageError(
-                f"the second moments of {width} channels must be ({width}, {width}), got {tuple(self.hessian.shape)}"
-            )
+        if self.hessian.ndim != 2 or self.hessian.shape[0] != self.hessian.shape[1]:
+            raise UsageError(f"second moments must be a square matrix, got {tuple(self.hessian.shape)}")
         if self.count < 1:
             raise UsageError(f"statistics need at least one token, got {self.count}")
-        bad = int((~torch.isfinite(self.mean_abs)).sum()) + int((~torch.isfinite(self.hessian.diagonal())).sum())
+        bad = int((~torch.isfinite(self.hessian.diagonal())).sum())
         if bad:
             raise UsageError(
-                f"the inputs of {bad} of {2 * width} statistics are NaN or infinite",
+                f"the inputs of {bad} of {self.width} channels are NaN or infinite",
                 hint="the model overflows on the calibration text",
             )
 
     @property
     def width(self) -> int:
         """K."""
-        return self.mean_abs.shape[0]
+        return self.hessian.shape[0]
 
     @property
     def damping(self) -> float:
@@ -61,10 +57,6 @@ class InputStatistics:
         """(K,) float32: the diagonal of ``damped()``, what a squared error of each channel's weights costs."""
         return self.hessian.diagonal().float() + self.damping
 
-    def rescaled(self, s: Tensor) -> InputStatistics:
-        """Of inputs ``x / s``, ``s`` (K,) > 0."""
-        return InputStatistics(self.count, self.hessian / s[:, None] / s, self.mean_abs / s)
-
 
 class StatisticsBuilder:
     """Adds up statistics of inputs that come in pieces; K squared numbers of memory, whatever the text's length."""
@@ -72,7 +64,6 @@ class StatisticsBuilder:
     def __init__(self, width: int) -> None:
         self._count = 0
         self._squares = torch.zeros(width, width)
-        self._magnitudes = torch.zeros(width, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
         """``x`` (..., K) of any floating-point type. Raises ``UsageError`` for another width."""
@@ -82,11 +73,10 @@ class StatisticsBuilder:
         for piece in x.detach().reshape(-1, width).split(TOKENS_AT_ONCE):
             tokens = piece.float()
             self._squares.addmm_(tokens.T, tokens)
-            self._magnitudes += tokens.abs().sum(0, dtype=torch.float64)
             self._count += len(tokens)
 
     def finish(self) -> InputStatistics:
         """Raises ``UsageError`` when nothing was added, and when inputs were NaN or infinite."""
         if not self._count:
             raise UsageError("no inputs were added", hint="the calibration text is empty, or does not reach this layer")
-        return InputStatistics(self._count, self._squares / self._count, (self._magnitudes / self._count).float())
+        return InputStatistics(self._count, self._squares / self._count)
