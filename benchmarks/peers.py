@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -82,6 +83,8 @@ class Bench:
 
 def main() -> None:
     args = parse_arguments()
+    # As an exception, so that the child that is being waited for ends too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     subjects = args.recipes + peers(args.flash)
     subjects = [s for s in subjects if any(fnmatch(s.name.lower(), f"*{part.lower()}*") for part in args.only)]
     folder = args.work.resolve() / args.shape

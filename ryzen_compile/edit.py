@@ -87,6 +87,7 @@ class Edit:
         node = self._placeholder(
             unique, self._fake.from_tensor(value, static_shapes=True), before=self._first_user_input()
         )
+        unique = node.name  # fx has its own spelling: lower case, no digit first
         self._state[unique] = value
         self._added[unique] = node
         specs = self._signature.input_specs

@@ -113,6 +113,20 @@ def test_constants_are_weights_once_per_tensor(edit: Edit) -> None:
     assert set(done.weights) - set(captured("llama").weights) == {"table", "table_1", "input_ids_1"}
 
 
+@pytest.mark.parametrize("name", ["Wqkv_codes", "0_out", "a.b+c", "TABLE", "Table"])
+def test_a_constant_may_have_any_name(edit: Edit, name: str) -> None:
+    """The graph writes names in its own way, and the signature has to follow."""
+    nodes = [edit.add_constant(name, torch.full((64,), float(i))) for i in range(2)]
+    linear = head(edit.program)
+    moved = linear.args[0]
+    for node in nodes:
+        moved = edit.call(aten.add.Tensor, moved, node, before=linear)
+    edit.swap_argument(linear, linear.args[0], moved)
+    done = edit.finish()
+    verify(done)
+    assert [float(done.weights[node.name][0]) for node in nodes] == [0.0, 1.0]
+
+
 def test_inputs_outputs_and_slots(edit: Edit) -> None:
     batch, capacity = shape(edit.program.inputs[0])[0], edit.new_dim(11)
     given = edit.add_input("extra", edit.fake_empty((batch, capacity, 3), torch.float32))

@@ -440,7 +440,7 @@ def test_killed_in_the_middle(
 ) -> None:
     """``kill -9`` leaves hidden siblings at most, no output, and the next run sweeps them."""
     out = tmp_path / "out"
-    arguments = ["export", str(model), str(out), "-q", "--no-verify"]
+    arguments = ["export", str(model), str(out), "-q", "--no-verify", "--recipe", "fp32"]
     child = subprocess.Popen([*COMMAND, *arguments], cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     staging: list[Path] = []
@@ -453,7 +453,7 @@ def test_killed_in_the_middle(
     assert child.returncode == -signal.SIGKILL
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"model", ".out.lock", staging[0].name}
-    assert cli.main(["export", str(model), str(out), "-q", "--no-verify"]) == 0
+    assert cli.main(arguments) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
     capsys.readouterr()
     ryzen_compile.load(out).close()
@@ -464,7 +464,7 @@ def test_killed_in_the_middle(
 def test_stopped_in_the_middle(source: Path, tmp_path: Path, repository: Path, number: int, status: int) -> None:
     """A signal that can be caught leaves nothing at all."""
     child = subprocess.Popen(
-        [*COMMAND, "export", str(source), str(tmp_path / "out"), "-q", "--no-verify"],
+        [*COMMAND, "export", str(source), str(tmp_path / "out"), "-q", "--no-verify", "--recipe", "fp32"],
         cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120

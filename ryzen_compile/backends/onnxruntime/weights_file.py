@@ -50,7 +50,8 @@ class WeightsFiles:
         tensor = value.const_value
         if tensor is None or tensor.nbytes <= INLINE:
             return
-        content = np.ascontiguousarray(tensor.numpy()).data.cast("B")
+        array = np.ascontiguousarray(tensor.numpy())
+        content = array.data.cast("B")
         digest = hashlib.sha256(content).digest()
         if digest not in self._known:
             stream.write(bytes(-stream.tell() % ALIGNMENT))
@@ -62,7 +63,7 @@ class WeightsFiles:
             offset,
             length,
             tensor.dtype,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(array.shape),
             name=value.name or "",
             base_dir=self._directory,
         )

@@ -2,7 +2,7 @@
 
 Spanning a block lets its one extreme weight set the step of all others. The search tries a few narrower grids (and, for
 symmetric formats, both signs of the scale). For given codes the best scale is a least-squares fit in closed form, so a
-candidate is judged at its best scale, and eight widths come within 0.02 dB of two hundred.
+candidate is judged at its best scale, and up to 4 bits eight widths come within 0.02 dB of two hundred.
 """
 
 from __future__ import annotations
