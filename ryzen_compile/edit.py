@@ -87,7 +87,7 @@ class Edit:
         node = self._placeholder(
             unique, self._fake.from_tensor(value, static_shapes=True), before=self._first_user_input()
         )
-        unique = node.name  # fx has its own spelling: lower case, no digit first
+        unique = node.name
         self._state[unique] = value
         self._added[unique] = node
         specs = self._signature.input_specs
@@ -176,6 +176,7 @@ class Edit:
     def _placeholder(self, name: str, value: Tensor, before: fx.Node) -> fx.Node:
         with self.graph.inserting_before(before):
             node = self.graph.placeholder(name)
+        node.target = node.name  # fx has its own spelling of names: lower case, no digit first
         node.meta["val"] = value
         node.meta["rewritten_by"] = self._by
         return node
