@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from ryzen_compile.errors import ConfigError
 from ryzen_compile.interpret import interpret, text_feeds
 from ryzen_compile.numerics.blockwise import BlockFormat
+from ryzen_compile.numerics.divergence import mean_divergence
 from ryzen_compile.numerics.search import quantize_with
 from ryzen_compile.passes.weight_targets import Choice, Target
 from ryzen_compile.program import Program
@@ -58,12 +59,12 @@ def mix_bits(
 def sensitivities(program: Program, choices: Mapping[Target, Choice], text: Tensor) -> dict[Target, float]:
     """Mean KL divergence of the logits on ``text``, nats per token, that rounding each target alone causes."""
     feeds, output = text_feeds(program, text), [program.outputs[0]]
-    reference = torch.log_softmax(interpret(program, feeds, output)[0].double(), dim=-1)
+    reference = interpret(program, feeds, output)[0]
     found = {}
     for target, choice in choices.items():
         rounded = _rounding(program, target, choice.format)
         logits = interpret(program, feeds, output, intercept=rounded)[0]
-        found[target] = float(_divergence(reference, logits))
+        found[target] = mean_divergence(reference, logits)[0]
     return found
 
 
@@ -78,11 +79,6 @@ def _rounding(program: Program, target: Target, form: BlockFormat) -> Any:
         return args if slot is None else (*args[:slot], rounded, *args[slot + 1 :])
 
     return swap
-
-
-def _divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    candidate = torch.log_softmax(logits.double(), dim=-1)
-    return (reference.exp() * (reference - candidate)).sum(-1).mean()
 
 
 def _widened(form: BlockFormat) -> BlockFormat:

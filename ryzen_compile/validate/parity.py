@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from ryzen_compile.errors import CaptureError
 from ryzen_compile.interpret import interpret, text_feeds
+from ryzen_compile.numerics.divergence import mean_divergence
 from ryzen_compile.program import Program, is_call, module_path
 
 ALLOWANCE = 2.0  # times the captured graph's own float32 error
@@ -52,11 +53,7 @@ class ParityGate:
     def measure_loss(self, program: Program) -> tuple[float, float]:
         """(mean KL divergence in nats per token, share of tokens whose most likely successor stays) to the captured
         model, of a Program without a cache."""
-        reference = torch.log_softmax(full_logits(self._captured, self._text).double(), dim=-1)
-        candidate = torch.log_softmax(full_logits(program, self._text).double(), dim=-1)
-        divergence = (reference.exp() * (reference - candidate)).sum(-1).mean()
-        agreement = (reference.argmax(-1) == candidate.argmax(-1)).double().mean()
-        return float(divergence), float(agreement)
+        return mean_divergence(full_logits(self._captured, self._text), full_logits(program, self._text))
 
     def measure(self, program: Program) -> tuple[float, float, bool]:
         """(rmse to float64, largest difference to the captured float32 logits, whether the rmse is within budget)."""

@@ -7,7 +7,9 @@ twice, the second time for prompts; both sessions then work on the same cache.
 
 from __future__ import annotations
 
+import platform
 import tempfile
+import warnings
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from ryzen_compile.errors import ArtifactError, UnsupportedError, UsageError
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.spec import CacheSlot, ModelSpec
+from ryzen_compile.validate.machine import read_cpu
 
 LOAD_ERRORS = (native.Fail, native.InvalidArgument, native.InvalidGraph, native.InvalidProtobuf, native.NoSuchFile)
 KEPT_LOGITS = 1 << 22  # elements; a larger buffer, after a long prompt, is given back by the next small step
@@ -45,7 +48,8 @@ class SessionOptions:
 class OrtEngine:
     """An ``Engine`` over the model at ``path``; ``slots`` are the model's own, heads padded where it pads them.
 
-    ``prefill`` is a second form of the model for many new tokens. Raises ``ArtifactError`` when a file cannot be loaded
+    ``prefill`` is a second form of the model for many new tokens; a processor that would compute it wrongly warns and
+    does without. Raises ``ArtifactError`` when a file cannot be loaded
     and ``UnsupportedError`` when it lacks an input that the slots call for.
     """
 
@@ -62,7 +66,8 @@ class OrtEngine:
         self.spec = spec
         self.slots = slots
         self._main = BoundSession(path, spec, len(slots), options)
-        self._prefill = None if prefill is None else BoundSession(prefill, spec, len(slots), options)
+        usable = prefill is not None and _sums_bytes_exactly()
+        self._prefill = BoundSession(prefill, spec, len(slots), options) if prefill and usable else None
         self._prefill_from = options.prefill_from
         self._directory: tempfile.TemporaryDirectory | None = None
         self.all_logits = self._main.all_logits
@@ -190,6 +195,20 @@ class BoundSession:
     def _bind(self, name: str, array: np.ndarray, *, output: bool = False) -> None:
         bind = self._binding.bind_output if output else self._binding.bind_input
         bind(name, "cpu", 0, array.dtype.type, array.shape, _pointer(array))
+
+
+def _sums_bytes_exactly() -> bool:
+    """Whether products of unsigned and signed bytes are summed without saturating: on x86, only with VNNI.
+
+    Before it, pairs of products are added in 16 bits (``vpmaddubsw``), which two large ones overflow.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64") or {"avx512_vnni", "avx_vnni"} & set(read_cpu().isa):
+        return True
+    warnings.warn(
+        "the artifact's form for prompts is not used: this processor has no VNNI and would saturate its sums",
+        stacklevel=3,
+    )
+    return False
 
 
 def _pointer(array: np.ndarray) -> int:
