@@ -16,6 +16,7 @@ from ryzen_compile.errors import ArtifactError, UnsupportedError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME
 from ryzen_compile.runtime.compiled import CompiledModel
 from ryzen_compile.runtime.engine import Engine
+from ryzen_compile.text import BUILTIN
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from ryzen_compile.program import Program
     from ryzen_compile.report import PassRecord, Report
 
-BUILTIN = "builtin"  # calibration text that comes with every Python
 CALIBRATION_LENGTH, CALIBRATION_TOKENS = 256, 16_384
+HELD_BACK = 2  # windows of the same text that no method sees: the parity gate measures on them
 CALIBRATION_CHARACTERS = 40 * CALIBRATION_TOKENS  # read at most; a token is rarely more than a few characters
 Progress = Callable[["str | PassRecord"], None]
 
@@ -206,7 +207,8 @@ def rewrite(
 ) -> tuple[Program, Report]:
     """Captures ``model`` and runs the passes for ``backend``; the Program is not compiled yet.
 
-    ``given`` are weights that are quantized already, by parameter name: they are stored as they are.
+    ``given`` are weights that are quantized already, by parameter name: a recipe with integer weights stores them as
+    they are, one without widens them.
     """
     from ryzen_compile.capture import capture
     from ryzen_compile.pipeline import default_passes, run_passes
@@ -222,10 +224,11 @@ def rewrite(
     seconds = time.perf_counter() - started
     gate = None
     text = None if calibration is None else calibration.windows[:, : program.spec.context]
+    unseen = None if calibration is None else calibration.held_back[:, : program.spec.context]
     if verify:
         _say(progress, "reference")
         check_capture(model, program)
-        gate = ParityGate(program, text=text)
+        gate = ParityGate(program, text=unseen)
     chosen = default_passes(recipe, calibration=text, given=given) if passes is None else tuple(passes)
     program, report = run_passes(
         program, chosen, supported_ops=target.supported_ops, gate=gate, strict=verify, progress=progress
@@ -263,9 +266,11 @@ def read_source(
 
 @dataclass(frozen=True)
 class Calibration:
-    """``windows`` (B, T) int64: text in the model's tokens, and where it is from."""
+    """Text in the model's tokens, and where it is from: ``windows`` (B, T) int64 for the methods that look at
+    activations, ``held_back`` (b, T) for measuring what they did."""
 
     windows: Tensor
+    held_back: Tensor
     name: str
     digest: str
 
@@ -273,17 +278,26 @@ class Calibration:
 def read_calibration(
     source: Source, recipe: Recipe, text: str | os.PathLike[str] = BUILTIN, progress: Progress | None = None
 ) -> Calibration | None:
-    """The text that the recipe's methods look at, if any does and there is a tokenizer to read it with."""
-    if recipe.weights is None or source.tokenizer is None:
+    """Text for a recipe with integer weights: what its methods look at, and what the parity gate measures them on.
+
+    None where the weights stay float32, and for a model without a tokenizer when no text was asked for. Raises
+    ``UsageError`` for a text that was named and cannot be used, or that is too short.
+    """
+    if recipe.weights is None or (source.tokenizer is None and text == BUILTIN):
         return None
+    if source.tokenizer is None:
+        raise UsageError(f"calibration text {os.fspath(text)!r} cannot be read: the model has no tokenizer")
     import torch
 
     from ryzen_compile.text import digest, read_text, token_windows
 
     _say(progress, "calibration")
     content = read_text(text, characters=CALIBRATION_CHARACTERS)
-    windows = token_windows(content, _encoder(source.tokenizer), CALIBRATION_LENGTH, CALIBRATION_TOKENS)
-    return Calibration(torch.from_numpy(windows), Path(text).name, digest(content))
+    windows = token_windows(
+        content, _encoder(source.tokenizer), CALIBRATION_LENGTH, CALIBRATION_TOKENS + HELD_BACK * CALIBRATION_LENGTH
+    )
+    found = torch.from_numpy(windows)
+    return Calibration(found[:-HELD_BACK], found[-HELD_BACK:], Path(text).name, digest(content))
 
 
 def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ryzen_compile.errors import ConfigError
 
@@ -32,8 +32,8 @@ class TensorFormat(BaseModel):
 class WeightQuantization(BaseModel):
     """Block-wise integer weights: ``bits`` each, a float32 scale for every ``block`` of a row.
 
-    ``method`` chooses the codes; ``gptq`` reads calibration text. Where there is none, ``fallback`` changes the format:
-    another method, and smaller blocks to make up for it.
+    ``method`` chooses the codes; ``gptq`` reads calibration text. Where there is none, and for a table
+    that is only looked up, ``fallback`` changes the format: another method, and smaller blocks to make up for it.
     ``target_bits`` (stored bits per weight, scales included) mixes this format with the next wider one, tensor by
     tensor, by measured sensitivity. ``head_bits`` is for the output head and a table tied to it. ``overrides`` maps
     regular expressions over weight names to formats; the last that matches wins. ``accuracy_level`` 4 lets the product
@@ -89,6 +89,12 @@ class Recipe(BaseModel):
     context: int | None = Field(default=None, ge=1)
     weights: WeightQuantization | None = None
     prefill: Literal["shared", "int8"] = "shared"
+
+    @model_validator(mode="after")
+    def _prompts_have_integers(self) -> Recipe:
+        if self.prefill == "int8" and self.weights is None:
+            raise ValueError("prefill 'int8' is a second form of integer weights, and these stay float32")
+        return self
 
 
 RECIPES: tuple[Recipe, ...] = (
@@ -187,6 +193,6 @@ def _override_setting(text: str, part: str) -> tuple[str, Any]:
 
 
 def _number(text: str, value: str) -> int:
-    if not value.isdigit():
+    if not (value.isascii() and value.isdigit()):
         raise ConfigError(f"override {text!r}: expected a number, got {value!r}")
     return int(value)

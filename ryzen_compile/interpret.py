@@ -71,6 +71,11 @@ def text_feeds(
     return {node: given[node.name] for node in program.inputs}
 
 
+def first_tokens(text: Tensor, count: int) -> Tensor:
+    """About the first ``count`` tokens of ``text`` (B, T): whole rows, or a part of the first one."""
+    return text[: max(1, count // text.shape[1]), :count]
+
+
 def _widen(value: object) -> object:
     """Floating-point tensors and types as float64; everything else as it is."""
     if isinstance(value, torch.dtype):

@@ -47,7 +47,7 @@ def bench(
     tests = [Workload("pp", n, d) for d in depth or [0] for n in (prompt if prompt is not None else [512]) if n]
     tests += [Workload("tg", n, d) for d in depth or [0] for n in (new if new is not None else [128]) if n]
     with ExitStack() as stack:
-        engines, weights = _open(stack, target, shape, engine or ["onnxruntime"], recipe, used, seed)
+        engines, weights = _open(stack, target, shape, engine or ["onnxruntime"], recipe, threads, used, seed)
         timings = measure(engines, tests, repeats, seed=seed)
     name = shape or Path(target or "").name
     parameters = engines[0].spec.parameters
@@ -67,10 +67,21 @@ def bench(
 
 
 def _open(
-    stack: ExitStack, target: str | None, shape: str | None, names: list[str], recipe: str, threads: int, seed: int
+    stack: ExitStack,
+    target: str | None,
+    shape: str | None,
+    names: list[str],
+    recipe: str,
+    asked: int | None,
+    threads: int,
+    seed: int,
 ) -> tuple[list[Engine], dict[str, int]]:
-    """The engines called for, and the bytes of weights that each reads for one token."""
+    """The engines called for, and the bytes of weights that each reads for one token.
+
+    Without a number of threads ``asked`` for, an artifact runs as ``tune`` found best, and others on ``threads``.
+    """
     from ryzen_compile.api import export, load
+    from ryzen_compile.config import find_recipe
     from ryzen_compile.errors import UsageError
     from ryzen_compile.manifest import MANIFEST_NAME
     from ryzen_compile.validate.memory import resident_set
@@ -80,9 +91,9 @@ def _open(
         raise UsageError(f"unknown engine {min(unknown)!r}", hint="engines are onnxruntime, hf and eager")
     artifact = Path(target) if target and (Path(target) / MANIFEST_NAME).exists() else None
     model: Any = None
-    if artifact is None:
+    if artifact is None and (shape or set(names) != {"onnxruntime"}):
         model = _model(target, shape, seed)
-    elif set(names) != {"onnxruntime"}:
+    elif artifact is not None and set(names) != {"onnxruntime"}:
         raise UsageError("an artifact runs on onnxruntime only", hint="give the model directory to compare engines")
     engines: list[Engine] = []
     sizes: dict[str, int] = {}
@@ -90,9 +101,12 @@ def _open(
         if name == "onnxruntime":
             if artifact is None:
                 artifact = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "artifact"
-                export(model, artifact, recipe, verify=False)
+                # A shape's weights are random: a search would gain nothing, and its format is what decides the speed.
+                chosen = find_recipe(recipe)
+                chosen = find_recipe(chosen, method="rtn") if shape and chosen.weights else chosen
+                export(model if shape else target or "", artifact, chosen, verify=False)
             started, before = time.perf_counter(), resident_set().total
-            compiled = stack.enter_context(load(artifact, threads=threads, digests=False))
+            compiled = stack.enter_context(load(artifact, threads=asked, digests=False))
             seconds, grown = time.perf_counter() - started, resident_set().total - before
             engines.append(compiled.engine)
             sizes[compiled.engine.name] = (artifact / "model.onnx.data").stat().st_size

@@ -53,10 +53,10 @@ def eval(  # noqa: A001 - the command's name is the function's
     machine = read_machine()
     used = threads or machine.usable_cores
     with ExitStack() as stack:
-        model = stack.enter_context(load(artifact, threads=used))
+        model = stack.enter_context(load(artifact, threads=threads))
         windows, facts = _windows(model, artifact, text, length, tokens)
-        fitting = fitting_batch(batch, length, model.spec.vocab, machine.usable_memory // 4)
         other = None if reference is None else _reference(stack, reference, used)
+        fitting = fitting_batch(batch, length, model.spec.vocab, read_machine().usable_memory // 4)
         progress = stack.enter_context(_counted(quiet or as_json))
         scorer = EngineScorer(model.engine)
         found: Quality | Perplexity

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ryzen_compile.errors import ConfigError
-from ryzen_compile.interpret import interpret, text_feeds
+from ryzen_compile.interpret import first_tokens, interpret, text_feeds
 from ryzen_compile.numerics.blockwise import BlockFormat
 from ryzen_compile.numerics.divergence import mean_divergence
 from ryzen_compile.numerics.search import quantize_with
@@ -35,7 +35,7 @@ def mix_bits(
     Without ``text`` (B, T) int64, random tokens are read. Raises ``ConfigError`` when the narrow formats are above the
     target already, or the wide ones still below it.
     """
-    wide = {t: _widened(c.format) for t, c in choices.items()}
+    wide = {t: c.format if c.fixed else _widened(c.format) for t, c in choices.items()}
     sizes = {t: t.rows * t.width for t in choices}
     budget = target_bits * sum(sizes.values())
     spent = sum(choices[t].format.bits_per_weight * sizes[t] for t in choices)
@@ -89,5 +89,4 @@ def _sample(program: Program, text: Tensor | None) -> Tensor:
     if text is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(program.spec.vocab, (1, min(TOKENS, program.spec.context)), generator=generator)
-    rows = max(1, TOKENS // text.shape[1])
-    return text[:rows, :TOKENS]
+    return first_tokens(text, TOKENS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 import torch
@@ -105,10 +105,11 @@ def _sources(weight: fx.Node) -> Iterator[fx.Node]:
 
 @dataclass(frozen=True)
 class Choice:
-    """How one target is stored, by which method."""
+    """How one target is stored, by which method; ``fixed``: its bits were asked for by name."""
 
     format: BlockFormat
     method: str
+    fixed: bool = False
 
 
 def choose_formats(targets: Sequence[Target], settings: WeightQuantization) -> dict[Target, Choice]:
@@ -136,7 +137,8 @@ def change_format(target: Target, choice: Choice, change: TensorFormat) -> Choic
     form = choice.format
     block = form.block if change.block is None else min(form.block, fitting_block(target.width, change.block))
     symmetric = form.symmetric if change.symmetric is None else change.symmetric
-    return Choice(BlockFormat(change.bits or form.bits, block, symmetric), change.method or choice.method)
+    bits = change.bits or form.bits
+    return replace(choice, format=BlockFormat(bits, block, symmetric), method=change.method or choice.method)
 
 
 def _choice(target: Target, settings: WeightQuantization) -> Choice | None:
@@ -155,6 +157,7 @@ def _choice(target: Target, settings: WeightQuantization) -> Choice | None:
     return Choice(
         BlockFormat(change.bits or bits, fitting_block(target.width, change.block or settings.block), symmetric),
         change.method or settings.method,
+        fixed=change.bits is not None,
     )
 
 

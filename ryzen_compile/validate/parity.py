@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ryzen_compile.errors import CaptureError
-from ryzen_compile.interpret import interpret, text_feeds
+from ryzen_compile.interpret import first_tokens, interpret, text_feeds
 from ryzen_compile.numerics.divergence import mean_divergence
 from ryzen_compile.program import Program, is_call, module_path
 
@@ -40,7 +40,7 @@ class ParityGate:
     def __init__(self, captured: Program, *, text: Tensor | None = None, seed: int = 0) -> None:
         self._ids = _probe_ids(captured, seed)
         self._captured = captured
-        self._text = self._ids if text is None else _shortened(text)
+        self._text = self._ids if text is None else first_tokens(text, TEXT_TOKENS)
         self.rebase(captured)
 
     def rebase(self, program: Program) -> None:
@@ -107,11 +107,6 @@ def check_capture(model: nn.Module, program: Program) -> None:
             f"(root mean square), {allowed:.0e} is allowed",
             hint="the model passes something to its attention that capture does not know; please report it",
         )
-
-
-def _shortened(text: Tensor) -> Tensor:
-    """The first ``TEXT_TOKENS`` or so of ``text``: whole rows, or a part of the first."""
-    return text[: max(1, TEXT_TOKENS // text.shape[1]), :TEXT_TOKENS]
 
 
 def _probe_ids(program: Program, seed: int) -> Tensor:

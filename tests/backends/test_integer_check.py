@@ -69,6 +69,21 @@ def hide_in_a_function(model: ModelProto) -> None:
     model.functions.append(onnx.helper.make_function("ryzen", "Hidden", ["x", "codes", "scales"], ["y"], body, imports))
 
 
+def hide_in_a_branch(model: ModelProto) -> None:
+    body = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["b"], domain="com.microsoft")
+    branch = helper.make_graph([body], "branch", [], [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)])
+    model.graph.node.append(helper.make_node("If", ["c"], ["w"], "choice", then_branch=branch, else_branch=branch))
+
+
+def permute_groups(model: ModelProto) -> None:
+    model.graph.node[0].input.extend([""] * (4 - len(model.graph.node[0].input)) + ["codes"])
+
+
+def short_bias(model: ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(N - 1, np.float32), "bias"))
+    model.graph.node[0].input.extend(["", "bias"])
+
+
 @pytest.mark.parametrize(
     ("lie", "message"),
     [
@@ -87,6 +102,9 @@ def hide_in_a_function(model: ModelProto) -> None:
         (drop_attribute, r"'product': K is 'None'"),
         (computed_codes, r"'product': input 1, 'x', is no stored weight"),
         (hide_in_a_function, r"function 'Hidden' holds MatMulNBits"),
+        (hide_in_a_branch, r"node 'choice' holds MatMulNBits"),
+        (permute_groups, r"'product' permutes its groups"),
+        (short_bias, r"'product': its bias 'bias' is no stored vector of 6"),
     ],
 )
 def test_lies_are_refused(lie: Callable[[ModelProto], None], message: str) -> None:

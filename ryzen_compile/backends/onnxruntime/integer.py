@@ -3,7 +3,7 @@
 ``MatMulNBits`` reads codes (N, blocks, bytes), ``GatherBlockQuantized`` the same bytes as (V, bytes of a row): a head
 tied to its embedding is stored once. For prompts there is a second form: the weights once more with 8 bits and one
 scale per output channel, multiplied by activations rounded to 8 bits row by row. No row then depends on another, as it
-would with ``DynamicQuantizeLinear``, whose one scale spans all rows: a prompt read in chunks gives the same result.
+would with ``DynamicQuantizeLinear``, whose one scale spans all rows: chunks of a prompt give what the whole does.
 """
 
 from __future__ import annotations

@@ -6,12 +6,12 @@ points by arithmetic; a model whose tensors are smaller than its attributes prom
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
 import onnx
-from onnx import ModelProto, NodeProto
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto
 
 from ryzen_compile.errors import TamperedError
 from ryzen_compile.manifest import shown
@@ -32,10 +32,26 @@ def check_integer_weights(model: ModelProto) -> None:
             _check_product(node, sizes)
         elif node.domain == "com.microsoft" and node.op_type == "GatherBlockQuantized":
             _check_lookup(node, sizes)
-    for function in model.functions:
-        for node in function.node:
-            if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
-                raise TamperedError(f"function {shown(function.name)} holds {node.op_type}, which we never write")
+    for name, node in _hidden_nodes(model):
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            raise TamperedError(f"{name} holds {node.op_type}, which we never write")
+
+
+def _hidden_nodes(model: ModelProto) -> Iterator[tuple[str, NodeProto]]:
+    """Nodes of functions and of graphs inside other nodes, with a name for where they are."""
+    pending: list[tuple[str, GraphProto | FunctionProto]] = [
+        (f"function {shown(function.name)}", function) for function in model.functions
+    ]
+    pending += [(f"node {shown(node.name)}", graph) for node in model.graph.node for graph in _graphs(node)]
+    while pending:
+        where, graph = pending.pop()
+        for node in graph.node:
+            yield where, node
+            pending += [(where, inner) for inner in _graphs(node)]
+
+
+def _graphs(node: NodeProto) -> list[GraphProto]:
+    return [graph for a in node.attribute for graph in (*([a.g] if a.HasField("g") else []), *a.graphs)]
 
 
 def _check_product(node: NodeProto, sizes: Mapping[str, Dims]) -> None:
@@ -45,6 +61,11 @@ def _check_product(node: NodeProto, sizes: Mapping[str, Dims]) -> None:
     zeros = rows * -(-blocks * bits // 8)
     wanted = {1: rows * blocks * (block * bits // 8), 2: rows * blocks, 3: zeros}
     _check_inputs(node, wanted, sizes)
+    if len(node.input) > 4 and node.input[4]:
+        raise TamperedError(f"node {shown(node.name)} permutes its groups, which we never write")
+    bias = node.input[5] if len(node.input) > 5 else ""
+    if bias and prod(sizes.get(bias, (0,))) != rows:
+        raise TamperedError(f"node {shown(node.name)}: its bias {shown(bias)} is no stored vector of {rows}")
 
 
 def _check_lookup(node: NodeProto, sizes: Mapping[str, Dims]) -> None:

@@ -48,9 +48,9 @@ class SessionOptions:
 class OrtEngine:
     """An ``Engine`` over the model at ``path``; ``slots`` are the model's own, heads padded where it pads them.
 
-    ``prefill`` is a second form of the model for many new tokens; a processor that would compute it wrongly warns and
-    does without. Raises ``ArtifactError`` when a file cannot be loaded
-    and ``UnsupportedError`` when it lacks an input that the slots call for.
+    ``prefill`` is a second form of the model for many new tokens; on a processor that would compute it wrongly there is
+    a warning instead. Raises ``ArtifactError`` when a file cannot be loaded and ``UnsupportedError`` when it lacks an
+    input that the slots call for.
     """
 
     name = "onnxruntime"
