@@ -1,7 +1,7 @@
 """What each recipe keeps of the shipped model's quality, on the standard-library modules held out from its training.
 
     python benchmarks/quality.py --recipes int8,int4,fp32
-    python benchmarks/quality.py --recipes int4 --methods rtn,mse,hqq,gptq
+    python benchmarks/quality.py --recipes int4 --methods rtn,mse,gptq
 
 Exports ``examples/tiny-python-lm`` once per recipe (and per method, in place of the recipe's own) and scores the
 artifact, as it generates, against the model in float32 on the same windows. Prints a Markdown table; each value stands

@@ -14,7 +14,7 @@ from ryzen_compile.errors import ConfigError
 DEFAULT_RECIPE = "int4"
 Bits = Literal[2, 3, 4, 8]
 Block = Literal[16, 32, 64, 128, 256]
-Method = Literal["rtn", "mse", "hqq", "gptq"]
+Method = Literal["rtn", "mse", "gptq"]
 
 
 class TensorFormat(BaseModel):
@@ -58,7 +58,7 @@ class WeightQuantization(BaseModel):
     @classmethod
     def _reads_no_text(cls, fallback: TensorFormat) -> TensorFormat:
         if fallback.method in (None, "gptq") or fallback.float:
-            raise ValueError("expected a method that reads no text: rtn, mse or hqq")
+            raise ValueError("expected a method that reads no text: rtn or mse")
         return fallback
 
     @field_validator("overrides")

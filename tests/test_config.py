@@ -48,7 +48,7 @@ def test_settings_take_what_the_numerics_take(bits: Any, block: Any) -> None:
 def test_settings_take_every_method(method: Any) -> None:
     assert WeightQuantization(method=method).method == TensorFormat(method=method).method == method
     if METHODS[method].needs_statistics:
-        with pytest.raises(ConfigError, match=r"weights\.fallback: .* a method that reads no text: rtn, mse or hqq"):
+        with pytest.raises(ConfigError, match=r"weights\.fallback: .* a method that reads no text: rtn or mse"):
             find_recipe("int4", fallback={"method": method})
     else:
         assert find_recipe("int4", fallback={"method": method}).weights.fallback.block is None
@@ -86,7 +86,7 @@ def test_changes_to_a_changed_recipe_add_up() -> None:
         ("int4", {"fallback": {"block": 64}}, "weights.fallback: Value error, expected a method that reads no text"),
         ("int4", {"bits": 5}, "recipe 'int4': weights.bits: Input should be 2, 3, 4 or 8, got 5"),
         ("int4", {"block": 100}, "recipe 'int4': weights.block: Input should be 16, 32, 64, 128 or 256, got 100"),
-        ("int4", {"method": "awq"}, "weights.method: Input should be 'rtn', 'mse', 'hqq' or 'gptq', got 'awq'"),
+        ("int4", {"method": "awq"}, "weights.method: Input should be 'rtn', 'mse' or 'gptq', got 'awq'"),
         ("int4", {"max_kl": 0}, "weights.max_kl: Input should be greater than 0, got 0"),
         ("int4", {"accuracy_level": 2}, "weights.accuracy_level: Input should be 0 or 4, got 2"),
         ("int4", {"blok": 32}, "weights.blok: Extra inputs are not permitted, got 32"),
@@ -103,11 +103,11 @@ def test_what_cannot_be_asked_for(recipe: str, changes: dict[str, Any], said: st
 
 def test_overrides_as_they_are_typed() -> None:
     assert parse_overrides(
-        ["lm_head=8,block=32", "mlp=float", r"layers\.[01]\..*=bits=2, symmetric=false ,method=hqq", "down=4"]
+        ["lm_head=8,block=32", "mlp=float", r"layers\.[01]\..*=bits=2, symmetric=false ,method=rtn", "down=4"]
     ) == {
         "lm_head": {"bits": 8, "block": 32},
         "mlp": {"float": True},
-        r"layers\.[01]\..*": {"bits": 2, "symmetric": False, "method": "hqq"},
+        r"layers\.[01]\..*": {"bits": 2, "symmetric": False, "method": "rtn"},
         "down": {"bits": 4},
     }
     assert parse_overrides([]) == {}

@@ -22,7 +22,7 @@ def export(
     ] = None,
     override: Annotated[
         list[str] | None,
-        typer.Option(help="REGEX=SETTING[,SETTING] for weights by name: '4', '8', 'block=32', 'method=hqq', 'float'."),
+        typer.Option(help="REGEX=SETTING[,SETTING] for weights by name: '4', '8', 'block=32', 'method=mse', 'float'."),
     ] = None,
     calibration: Annotated[
         str, typer.Option(help="Text for methods that look at activations: a file, a directory, or 'builtin'.")

@@ -18,7 +18,6 @@ from ryzen_compile.numerics.search import (
     gptq,
     quantize_with,
 )
-from ryzen_compile.numerics.search.hqq import POWER
 from ryzen_compile.numerics.search.rtn import best_grid
 
 FORMATS = [
@@ -134,32 +133,6 @@ def test_alike_importance_changes_nothing():
     form, w = BlockFormat(4, 32), gaussian(16, 96)
     for alike in (7.0, 0.0, 1e-30):
         assert torch.equal(best_grid(w, form, torch.full((96,), alike))[0], best_grid(w, form)[0])
-
-
-# --- hqq ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", FORMATS, ids=ids)
-def test_half_quadratic_is_best_in_its_own_norm(form):
-    w = heavy_tailed(64, 2 * form.block + 9)
-    plain, squared, robust = (weight_error(w, quantize_with(m, w, form), POWER) for m in ("rtn", "mse", "hqq"))
-    assert robust < plain
-    assert robust <= squared * (1 + 1e-6)  # a block keeps the least-squares grid where that is the better one
-
-
-@pytest.mark.parametrize("form", [f for f in FORMATS if f.bits < 8], ids=ids)
-def test_half_quadratic_beats_rounding_to_nearest_in_squares_too(form):
-    w = heavy_tailed(64, 4 * form.block)
-    assert weight_error(w, quantize_with("hqq", w, form)) < weight_error(w, quantize_with("rtn", w, form))
-
-
-def test_half_quadratic_gives_up_the_outlier_for_the_many():
-    w = gaussian(32, 64, seed=3)
-    w[:, 7] = 12.0
-    form = BlockFormat(3, 64)
-    rest = torch.arange(64) != 7
-    errors = {m: (quantize_with(m, w, form).dequantize() - w)[:, rest].square().sum() for m in ("mse", "hqq")}
-    assert errors["hqq"] < 0.9 * errors["mse"]
 
 
 # --- gptq -----------------------------------------------------------------------------------------------------------
@@ -360,7 +333,7 @@ def test_statistics_of_another_width_are_refused(method):
         quantize_with(method, gaussian(4, 32), BlockFormat(4, 32), correlated(64))
 
 
-@pytest.mark.parametrize(("name", "near"), [("gtpq", "gptq"), ("MSE", "mse"), ("hqq2", "hqq"), ("rnt", "rtn")])
+@pytest.mark.parametrize(("name", "near"), [("gtpq", "gptq"), ("MSE", "mse"), ("rnt", "rtn")])
 def test_an_unknown_method_names_the_nearest(name, near):
     with pytest.raises(UsageError, match=f"unknown method '{name}'.*did you mean '{near}'"):
         quantize_with(name, gaussian(2, 32), BlockFormat())

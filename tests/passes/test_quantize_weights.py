@@ -104,7 +104,7 @@ def decoded_model(name: str, program: Program) -> nn.Module:
 FORMATS: dict[str, dict[str, Any]] = {
     "4 bits": {"method": "rtn"},
     "8 bits, zero points": {"bits": 8, "symmetric": False, "block": 16, "method": "mse"},
-    "3 bits": {"bits": 3, "block": 32, "method": "hqq", "symmetric": False},
+    "3 bits": {"bits": 3, "block": 32, "method": "mse", "symmetric": False},
     "2 bits, calibrated, 8-bit head": {"bits": 2, "symmetric": False, "block": 32, "head_bits": 8},
 }
 

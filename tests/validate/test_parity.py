@@ -12,9 +12,10 @@ from ryzen_compile.capture import capture
 from ryzen_compile.config import Recipe
 from ryzen_compile.edit import Edit
 from ryzen_compile.errors import CaptureError
+from ryzen_compile.interpret import first_tokens
 from ryzen_compile.pipeline import default_passes
 from ryzen_compile.program import Program, is_call
-from ryzen_compile.validate.parity import CHUNKS, TOKENS, ParityGate, _shortened, check_capture, full_logits, logits_of
+from ryzen_compile.validate.parity import CHUNKS, TOKENS, ParityGate, check_capture, full_logits, logits_of
 from tests.zoo import NanoDecoder, randomize
 
 aten = torch.ops.aten
@@ -229,7 +230,7 @@ def test_nan_is_no_loss_but_out_of_any_budget(plain: Program, gate: ParityGate) 
     ("shape", "read"), [((64, 256), (2, 256)), ((3, 17), (3, 17)), ((1, 2000), (1, 512)), ((2, 700), (1, 512))]
 )
 def test_a_long_text_is_read_in_part(shape: tuple[int, int], read: tuple[int, int]) -> None:
-    assert tuple(_shortened(torch.zeros(shape)).shape) == read
+    assert tuple(first_tokens(torch.zeros(shape), 512).shape) == read
 
 
 def test_after_a_loss_the_gate_measures_against_what_was_accepted(plain: Program) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from ryzen_compile.errors import UsageError
 from ryzen_compile.numerics.blockwise import BlockFormat, BlockTensor
 from ryzen_compile.numerics.search import gptq as _gptq
-from ryzen_compile.numerics.search.hqq import half_quadratic
 from ryzen_compile.numerics.search.rtn import round_to_best, round_to_nearest
 from ryzen_compile.numerics.search.statistics import InputStatistics, StatisticsBuilder
 
@@ -38,10 +37,6 @@ def _mse(w: Tensor, form: BlockFormat, statistics: InputStatistics | None) -> Bl
     return round_to_best(w, form, None if statistics is None else statistics.importance())
 
 
-def _hqq(w: Tensor, form: BlockFormat, statistics: InputStatistics | None) -> BlockTensor:
-    return half_quadratic(w, form)
-
-
 def _with_feedback(w: Tensor, form: BlockFormat, statistics: InputStatistics | None) -> BlockTensor:
     if statistics is None:
         raise _missing("gptq")
@@ -53,7 +48,6 @@ METHODS = {
     for method in (
         Method("rtn", False, "nearest code on the grid that spans each block", _rtn),
         Method("mse", False, "nearest code on the grid of the smallest squared error", _mse),
-        Method("hqq", False, "a grid that does not bend to outliers (half-quadratic)", _hqq),
         Method(
             "gptq", True, "least output error on calibration text, columns making up for each other", _with_feedback
         ),
@@ -85,5 +79,5 @@ def _find(method: str) -> Method:
 def _missing(method: str) -> UsageError:
     return UsageError(
         f"{method} needs statistics of the weight's inputs, got none",
-        hint="give calibration text, or choose mse or hqq, which need none",
+        hint="give calibration text, or choose mse, which needs none",
     )
