@@ -24,7 +24,8 @@ from tests.zoo import LAYERS, VOCAB, build
 
 NEW = 20
 PROMPTS = {length: np.random.default_rng([8, length]).integers(3, VOCAB, (1, length)) for length in (1, 7, 29)}
-TEXT = Calibration(torch.randint(3, VOCAB, (8, 48), generator=torch.Generator().manual_seed(2)), "random", "0")
+IDS = torch.randint(3, VOCAB, (10, 48), generator=torch.Generator().manual_seed(2))
+TEXT = Calibration(IDS[:8], IDS[8:], "random", "0")
 # Rotary positions and a tied head; biases, gelu and a table of positions; soft caps, windows and norms of 1 + w.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from ryzen_compile.backends.onnxruntime.emit import CONTRIB, Emitter
-from ryzen_compile.numerics.blockwise import BlockTensor
+from ryzen_compile.numerics.blockwise import BlockTensor, row_chunks
 
 Values = tuple[ir.Value, ...]
 ZERO = 128  # of the unsigned codes that rows are rounded to
@@ -124,26 +124,34 @@ def _byte_weight(
     stored = [None if value is None else value.const_value for value in (packed, scales, zeros)]
     rows = _size(packed, 0)
 
-    def decoded() -> np.ndarray:
+    def stored_tensor() -> BlockTensor:
         codes, steps, offsets = (None if t is None else torch.from_numpy(np.array(t.numpy())) for t in stored)
         if codes is None or steps is None:
             raise ValueError(f"{packed.name} is no constant")
-        return BlockTensor.stored(codes, steps, offsets, bits, block, width).dequantize().numpy()
-
-    def channel_steps(table: np.ndarray) -> np.ndarray:
-        return np.maximum(np.abs(table).max(axis=1), 1e-30).astype(np.float32) / np.float32(LARGEST)
+        return BlockTensor.stored(codes, steps, offsets, bits, block, width)
 
     def weight() -> ir.Tensor:
-        table = decoded()
-        return ir.Tensor(np.ascontiguousarray(np.rint(table / channel_steps(table)[:, None]).astype(np.int8).T))
+        tensor, out = stored_tensor(), np.empty((width, rows), np.int8)
+        for start, stop in row_chunks(rows, width):
+            part = tensor.rows(start, stop).dequantize().numpy()
+            out[:, start:stop] = np.rint(part / _channel_steps(part)[:, None]).T
+        return ir.Tensor(out)
 
     def channel() -> ir.Tensor:
-        return ir.Tensor(channel_steps(decoded()))
+        tensor = stored_tensor()
+        parts = (tensor.rows(start, stop).dequantize().numpy() for start, stop in row_chunks(rows, width))
+        return ir.Tensor(np.concatenate([_channel_steps(part) for part in parts]))
 
     return (
         e.initializer(ir.LazyTensor(weight, ir.DataType.INT8, ir.Shape([width, rows])), f"{packed.name}_bytes"),
         e.initializer(ir.LazyTensor(channel, ir.DataType.FLOAT, ir.Shape([rows])), f"{packed.name}_channels"),
     )
+
+
+def _channel_steps(table: np.ndarray) -> np.ndarray:
+    """(N,) float32: what makes each row's largest magnitude 127."""
+    steps: np.ndarray = np.maximum(np.abs(table).max(axis=1), 1e-30).astype(np.float32) / np.float32(LARGEST)
+    return steps
 
 
 def _size(value: ir.Value, axis: int) -> int:
