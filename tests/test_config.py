@@ -80,6 +80,7 @@ def test_changes_to_a_changed_recipe_add_up() -> None:
         ("int4-acurate", {}, "did you mean 'int4-accurate'?"),
         ("fp32", {"target_bits": 4.5}, "recipe 'fp32' keeps float32 weights, it has no target_bits; use int4 or int8"),
         ("fp32", {"overrides": {"x": {}}}, "recipe 'fp32' keeps float32 weights, it has no overrides; use int4"),
+        ("fp32", {"prefill": "int8"}, "prefill 'int8' is a second form of integer weights"),
         ("int4", {"prefill": "int4"}, "recipe 'int4': prefill: Input should be 'shared' or 'int8', got 'int4'"),
         ("int4", {"target_bits": 1.5}, "recipe 'int4': weights.target_bits: Input should be greater than 2, got 1.5"),
         ("int4", {"target_bits": 9}, "recipe 'int4': weights.target_bits: Input should be less than 9, got 9"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ryzen_compile.numerics.blockwise import BlockTensor
+from ryzen_compile.numerics.blockwise import BlockTensor, row_chunks
 from ryzen_compile.ops.activation import activate
 
 
@@ -46,8 +46,11 @@ def linear_nbits(
     ``packed`` (N, ceil(C / block), block * bits / 8) uint8, ``scales`` (N, ceil(C / block)) float32, ``zeros`` packed
     zero points (N, ceil(ceil(C / block) * bits / 8)) uint8, or none for symmetric codes. ``bits`` are those stored.
     """
-    weight = BlockTensor.stored(packed, scales, zeros, bits, block, x.shape[-1]).dequantize()
-    return functional.linear(x, weight.to(x.dtype), bias)
+    weight = BlockTensor.stored(packed, scales, zeros, bits, block, x.shape[-1])
+    # Some rows at a time: decoded whole, and in float64 for the gate, a head would outweigh all that it is stored in.
+    chunks = (weight.rows(start, stop).dequantize().to(x.dtype) for start, stop in row_chunks(*weight.shape))
+    product = torch.cat([functional.linear(x, chunk) for chunk in chunks], dim=-1)
+    return product if bias is None else product + bias
 
 
 @linear_nbits.register_fake

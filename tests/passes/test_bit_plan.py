@@ -100,6 +100,13 @@ def test_every_format_has_its_wider_one(program: Program, narrow: dict[Target, C
     assert {c.format.bits for c in mixed.values()} == {given, wider}
 
 
+def test_bits_that_were_asked_for_stay(program: Program, narrow: dict[Target, Choice]) -> None:
+    start = {t: replace(c, fixed=t.label == SENSITIVE) for t, c in narrow.items()}
+    free, held = (mix_bits(program, choices, 3.25, TEXT) for choices in (narrow, start))
+    width = lambda found: next(c.format.bits for t, c in found.items() if t.label == SENSITIVE)
+    assert (width(free), width(held)) == (4, 2)
+
+
 def test_eight_bits_cannot_be_widened(program: Program, narrow: dict[Target, Choice]) -> None:
     start = {t: replace(c, format=replace(c.format, bits=8)) for t, c in narrow.items()}
     with pytest.raises(ConfigError, match=r"take 8\.50 to 8\.50 bits each"):

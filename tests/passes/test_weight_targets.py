@@ -161,7 +161,7 @@ def test_the_last_override_that_matches_wins(llama: Program) -> None:
     )
     bits = {label: c.format.bits for label, c in found.items()}
     assert bits["model.layers.0.mlp.down_proj"] == bits["model.layers.1.mlp.gate_proj+up_proj"] == 8
-    assert found["model.layers.1.mlp.down_proj"] == Choice(BlockFormat(2, 16, False), "rtn")
+    assert found["model.layers.1.mlp.down_proj"] == Choice(BlockFormat(2, 16, False), "rtn", fixed=True)
     assert "model.embed_tokens" not in found and "model.layers.0.self_attn.o_proj" not in found
     assert bits["model.layers.1.self_attn.o_proj"] == 8 and bits["lm_head"] == 4
 
