@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.backends import get_backend
-from ryzen_compile.config import DEFAULT_RECIPE, Recipe, find_recipe
+from ryzen_compile.config import DEFAULT_RECIPE, KVCacheConfig, Recipe, find_recipe
 from ryzen_compile.errors import ArtifactError, UnsupportedError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME
 from ryzen_compile.runtime.compiled import CompiledModel
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from ryzen_compile.backends.onnxruntime.artifact import Artifact, Companions
     from ryzen_compile.backends.onnxruntime.emit import LoweringOptions
     from ryzen_compile.numerics.blockwise import BlockTensor
+    from ryzen_compile.numerics.row_shift import RowShift
     from ryzen_compile.passes.base import Pass
     from ryzen_compile.program import Program
     from ryzen_compile.report import PassRecord, Report
+    from ryzen_compile.spec import CacheSlot
 
 CALIBRATION_LENGTH, CALIBRATION_TOKENS = 256, 16_384
-HELD_BACK = 2  # windows of the same text that no method sees: the parity gate measures on them
+HELD_BACK = 4  # windows of the same text that no method sees: the parity gate measures on them
 CALIBRATION_CHARACTERS = 40 * CALIBRATION_TOKENS  # read at most; a token is rarely more than a few characters
 Progress = Callable[["str | PassRecord"], None]
 
@@ -53,6 +55,9 @@ def optimize(
     context: int | None = None,
     logits: str | None = None,
     prefill: str | None = None,
+    kv: str | Mapping[str, Any] | KVCacheConfig | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
     target_bits: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     calibration: str | os.PathLike[str] = BUILTIN,
@@ -67,19 +72,29 @@ def optimize(
 
     ``model`` is a transformers causal LM, a plain decoder ``forward(input_ids (B, T)) -> logits (B, T, V)``, or the
     path or hub id of one. ``recipe`` is a name or a :class:`Recipe`; ``context``, ``logits`` ("last" or "all"),
-    ``prefill`` ("shared" or "int8"), ``target_bits`` (mixed precision: stored bits per weight) and ``overrides``
-    (regular expression over weight names -> ``{"bits": 8}`` and such, or ``{"float": True}``) override its settings.
-    ``calibration`` is text for the methods that look at activations: a ``.txt`` or ``.jsonl`` file, a directory of
-    such, or "builtin"; a model without a tokenizer is quantized without. ``passes`` replaces the recipe's own.
-    ``verify`` runs the parity gate after every pass: one that moves the logits beyond rounding is rolled back and named
-    in the report, a lossy one is held to the recipe's budget. ``progress`` hears of every step.
+    ``prefill`` ("shared" or "int8"), ``kv`` (how keys and values are cached: "int8", "int4", "auto", or a
+    :class:`KVCacheConfig`), ``window`` and ``sinks`` (endless streams in a cache of constant size), ``target_bits``
+    (mixed precision: stored bits per weight) and ``overrides`` (regular expression over weight names -> ``{"bits": 8}``
+    and such, or ``{"float": True}``) override its settings. ``calibration`` is text for the methods that look at
+    activations: a ``.txt`` or ``.jsonl`` file, a directory of such, or "builtin"; a model without a tokenizer is
+    quantized without. ``passes`` replaces the recipe's own. ``verify`` runs the parity gate after every pass: one that
+    moves the logits beyond rounding is rolled back and named in the report, a lossy one is held to the recipe's budget.
+    ``progress`` hears of every step.
 
     The model is left as it was. Raises an error of :mod:`ryzen_compile.errors`.
     """
     chosen = find_recipe(
-        recipe, context=context, logits=logits, prefill=prefill, target_bits=target_bits, overrides=overrides
+        recipe,
+        context=context,
+        logits=logits,
+        prefill=prefill,
+        kv=kv,
+        window=window,
+        sinks=sinks,
+        target_bits=target_bits,
+        overrides=overrides,
     )
-    get_backend(backend)  # what is asked for is refused before the model is read
+    _refuse_cache(backend, chosen)  # what is asked for is refused before the model is read
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
     source = read_source(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, progress=progress)
@@ -110,6 +125,8 @@ def optimize(
         engine = get_backend(backend).compile(program)
     return CompiledModel(
         engine,
+        motion=_motion(program, engine.slots),
+        stream=_stream(chosen),
         report=report,
         config=_config_dict(source.model),
         generation_config=source.generation_config,
@@ -126,6 +143,9 @@ def export(
     context: int | None = None,
     logits: str | None = None,
     prefill: str | None = None,
+    kv: str | Mapping[str, Any] | KVCacheConfig | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
     target_bits: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     calibration: str | os.PathLike[str] = BUILTIN,
@@ -140,8 +160,17 @@ def export(
     target = Path(out)
     _refuse_target(target, model, force)
     chosen = find_recipe(
-        recipe, context=context, logits=logits, prefill=prefill, target_bits=target_bits, overrides=overrides
+        recipe,
+        context=context,
+        logits=logits,
+        prefill=prefill,
+        kv=kv,
+        window=window,
+        sinks=sinks,
+        target_bits=target_bits,
+        overrides=overrides,
     )
+    _refuse_cache("onnxruntime", chosen)
     source = read_source(
         model,
         trust_remote_code=trust_remote_code,
@@ -162,11 +191,20 @@ def export(
     return report
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None, digests: bool = True) -> CompiledModel:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    digests: bool = True,
+    cache_budget_bytes: int | None = None,
+    prefix_bytes: int = 0,
+) -> CompiledModel:
     """The artifact at ``path``, checked file by file and opened in ONNX Runtime; torch is not imported.
 
-    Without ``threads`` it runs as ``ryzen-compile tune`` found best on this kind of machine, if that was measured.
-    ``digests=False`` skips hashing the weights. Raises ``ArtifactError``, ``TamperedError`` or ``UnsafeError``.
+    ``cache_budget_bytes`` bounds what all caches of keys and values take together (default: the machine's memory). With
+    ``prefix_bytes`` of it, prompts that begin like one read before skip what they share. Without ``threads`` it runs as
+    ``ryzen-compile tune`` found best on this kind of machine, if that was measured. ``digests=False`` skips hashing the
+    weights. Raises ``ArtifactError``, ``TamperedError`` or ``UnsafeError``.
     """
     from ryzen_compile.backends.onnxruntime import artifact
     from ryzen_compile.backends.onnxruntime.session import OrtEngine, SessionOptions
@@ -186,6 +224,11 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, digests: b
 
     return CompiledModel(
         engine,
+        motion=found.motion,
+        stream=found.stream,
+        identity=found.identity,
+        cache_budget_bytes=cache_budget_bytes,
+        prefix_bytes=prefix_bytes,
         report=found.report,
         config=dict(found.config or {}),
         generation_config=found.generation_config,
@@ -278,12 +321,13 @@ class Calibration:
 def read_calibration(
     source: Source, recipe: Recipe, text: str | os.PathLike[str] = BUILTIN, progress: Progress | None = None
 ) -> Calibration | None:
-    """Text for a recipe with integer weights: what its methods look at, and what the parity gate measures them on.
+    """Text for a recipe with integers: what its methods look at, and what the parity gate measures them on.
 
-    None where the weights stay float32, and for a model without a tokenizer when no text was asked for. Raises
+    None where weights and cache stay float32, and for a model without a tokenizer when no text was asked for. Raises
     ``UsageError`` for a text that was named and cannot be used, or that is too short.
     """
-    if recipe.weights is None or (source.tokenizer is None and text == BUILTIN):
+    cache_reads = recipe.kv.dtype != "fp32"
+    if (recipe.weights is None and not cache_reads) or (source.tokenizer is None and text == BUILTIN):
         return None
     if source.tokenizer is None:
         raise UsageError(f"calibration text {os.fspath(text)!r} cannot be read: the model has no tokenizer")
@@ -325,16 +369,33 @@ def _write_artifact(out: Path, program: Program, report: Report, recipe: Recipe,
         "passes": report.hits(),
         "versions": read_versions(),
     }
+    slots = cache_slots(program.slots)
     artifact.write(
         out,
         lambda directory: backend.write(program, directory, _lowering_options(recipe)),
         spec=program.spec,
-        slots=cache_slots(program.slots),
+        slots=slots,
+        motion=_motion(program, slots),
         facts=facts,
         report=report,
         companions=_companions(source),
         force=force,
     )
+
+
+def _motion(program: Program, slots: Sequence[CacheSlot]) -> tuple[RowShift, ...] | str:
+    """How the cached keys are moved to other positions, in heads as wide as the ``slots``', or why they cannot be."""
+    from ryzen_compile.numerics.row_shift import widened
+    from ryzen_compile.row_shifts import row_shifts
+
+    try:
+        return tuple(widened(shift, slot.head_dim) for shift, slot in zip(row_shifts(program), slots, strict=True))
+    except UnsupportedError as error:
+        return error.message
+
+
+def _stream(recipe: Recipe) -> tuple[int, int] | None:
+    return None if recipe.kv.window is None else (recipe.kv.window, recipe.kv.sinks)
 
 
 def _companions(source: Source) -> Companions:
@@ -372,6 +433,14 @@ def _tokenizer_of(directory: Path) -> Any:
     from ryzen_compile.runtime.tokenizer import Tokenizer
 
     return Tokenizer.from_directory(directory)
+
+
+def _refuse_cache(backend: str, recipe: Recipe) -> None:
+    able = get_backend(backend).cache_formats
+    if able is not None and str(recipe.kv) not in able:
+        raise UnsupportedError(
+            f"backend {backend!r} cannot keep a cache of {recipe.kv}", hint=f"it keeps {', '.join(sorted(able))}"
+        )
 
 
 def _refuse_target(out: Path, model: object, force: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ryzen_compile.errors import ConfigError
+from ryzen_compile.numerics.rows import RowFormat
 
 DEFAULT_RECIPE = "int4"
 Bits = Literal[2, 3, 4, 8]
@@ -72,13 +73,65 @@ class WeightQuantization(BaseModel):
         return overrides
 
 
+# Nats per token; on the shipped model int8 costs 0.0001, int4 0.017.
+KV_BUDGETS = {"fp32": 0.0, "int8": 0.02, "auto": 0.02, "k8v4": 0.1, "int4": 0.2}
+
+
+class KVCacheConfig(BaseModel):
+    """How keys and values are kept.
+
+    ``dtype``: "fp32"; "int8", "int4" for both; "k8v4" for 8-bit keys and 4-bit values; "auto" for 4 bits in the layers
+    where that costs little and 8 in the others. Without a ``group`` every channel has a fixed scale, calibrated on
+    text; with one, each token's row carries a scale for every ``group`` channels. ``bounded`` keeps no more than the
+    window of layers that look back over a window only. ``window`` is for endless streams: what is kept of a sequence
+    are its first ``sinks`` tokens and at least the ``window`` most recent ones, in every layer (StreamingLLM, Xiao et
+    al., 2023). ``max_kl`` is the parity gate's budget for rounding: mean KL divergence to the captured model, nats per
+    token; without one, what the dtype is known to keep.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: Literal["fp32", "int8", "int4", "k8v4", "auto"] = "fp32"
+    group: Literal[16, 32, 64, 128] | None = None
+    bounded: bool = True
+    window: int | None = Field(default=None, ge=16)
+    sinks: int = Field(default=4, ge=0)
+    max_kl: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _groups_are_of_integers(self) -> KVCacheConfig:
+        if self.group is not None and self.dtype in ("fp32", "auto"):
+            raise ValueError(f"a cache of dtype {self.dtype!r} has no groups")
+        return self
+
+    def __str__(self) -> str:
+        return self.dtype if self.group is None else f"{self.dtype}-g{self.group}"
+
+    @property
+    def budget(self) -> float:
+        """``max_kl``, or the dtype's own."""
+        return self.max_kl or KV_BUDGETS[self.dtype]
+
+    @property
+    def formats(self) -> tuple[RowFormat, RowFormat]:
+        """Of keys and of values; for "auto" the narrow ones."""
+        bits = {"fp32": (32, 32), "int8": (8, 8), "int4": (4, 4), "k8v4": (8, 4), "auto": (4, 4)}[self.dtype]
+        return RowFormat(bits[0], self.group or 0), RowFormat(bits[1], self.group or 0)
+
+
+def parse_kv(text: str) -> dict[str, Any]:
+    """``"int8"`` or ``"int4-g32"`` as settings of ``KVCacheConfig``, not yet checked."""
+    dtype, dash, group = text.partition("-g")
+    return {"dtype": dtype, "group": int(group) if group.isdecimal() else group if dash else None}
+
+
 class Recipe(BaseModel):
     """One way of optimizing a model.
 
     ``logits`` decides whether a step returns logits for its last token only (all that generation reads) or for every
     token (scoring text, verifying drafts). ``context`` shortens the number of positions the artifact is made for.
     ``weights`` None keeps them in float32. ``prefill="int8"`` writes the weights a second time as 8-bit rows, for
-    prompts only: about twice the speed there, for one more byte per weight.
+    prompts only: about twice the speed there, for one more byte per weight. ``kv`` says how the cache is kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,6 +142,7 @@ class Recipe(BaseModel):
     context: int | None = Field(default=None, ge=1)
     weights: WeightQuantization | None = None
     prefill: Literal["shared", "int8"] = "shared"
+    kv: KVCacheConfig = KVCacheConfig()
 
     @model_validator(mode="after")
     def _prompts_have_integers(self) -> Recipe:
@@ -135,7 +189,8 @@ RECIPES: tuple[Recipe, ...] = (
 def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
     """A recipe by name, or the given one, with ``changes`` applied; raises ``ConfigError`` naming the nearest.
 
-    A change may name a field of the recipe or of its ``weights``; None leaves what is there.
+    A change may name a field of the recipe, of its ``weights``, or ``window`` and ``sinks`` of its ``kv``; None leaves
+    what is there. ``kv`` is a ``KVCacheConfig``, a mapping of its fields, or a name such as "int8" or "int4-g32".
     """
     if isinstance(recipe, str):
         found = next((r for r in RECIPES if r.name == recipe), None)
@@ -149,7 +204,9 @@ def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
     for name, value in changes.items():
         if value is None:
             continue
-        if name in Recipe.model_fields:
+        if name in ("kv", "window", "sinks"):
+            settings["kv"] |= _kv_settings(name, value)
+        elif name in Recipe.model_fields:
             settings[name] = value
         elif settings["weights"] is None:
             raise ConfigError(
@@ -165,6 +222,15 @@ def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
             raise ConfigError(f"recipe {recipe.name!r}: {first['msg'].removeprefix('Value error, ')}") from error
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"recipe {recipe.name!r}: {where}: {first['msg']}, got {first['input']!r}") from error
+
+
+def _kv_settings(name: str, value: Any) -> dict[str, Any]:
+    """A change to the cache: a name such as "int8", whole settings, or one of them."""
+    if name != "kv":
+        return {name: value}
+    if isinstance(value, KVCacheConfig):
+        return value.model_dump()
+    return parse_kv(value) if isinstance(value, str) else dict(value)
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:

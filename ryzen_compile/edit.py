@@ -105,6 +105,11 @@ class Edit:
         self._signature.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
         return node
 
+    def retype_input(self, node: fx.Node, value: Tensor) -> None:
+        """Gives a user input another size or type; its readers have to be made anew by the caller."""
+        node.meta["val"] = value
+        node.meta["rewritten_by"] = self._by
+
     def add_output(self, node: fx.Node) -> None:
         output = self.graph.output_node()
         output.args = ((*output.args[0], node),)
@@ -130,8 +135,12 @@ class Edit:
     def set_cache(self, slots: tuple[CacheSlot, ...], heads: int) -> None:
         """Records the cache's slots, and in the spec the layers and the first layer's heads, now that all are known."""
         first = slots[0]
-        self._slots = slots
+        self.set_slots(slots)
         self.spec = replace(self.spec, layers=len(slots), heads=heads, kv_heads=first.kv_heads, head_dim=first.head_dim)
+
+    def set_slots(self, slots: tuple[CacheSlot, ...]) -> None:
+        """Records how the cache's slots are laid out now."""
+        self._slots = slots
 
     def fake_empty(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of size (symbols allowed) and type only, for ``add_input``."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from ryzen_compile.numerics.rows import RowFormat
 from ryzen_compile.program import Program
 
 
@@ -69,6 +71,26 @@ def text_feeds(
     names = [n.name for n in program.inputs if n.name.startswith("past_key_values_")]
     given |= dict(zip(names, caches or (), strict=True))
     return {node: given[node.name] for node in program.inputs}
+
+
+def cached_feeds(program: Program, ids: Tensor, *, spare: int = 0) -> dict[fx.Node, Tensor]:
+    """What a Program with a cache is fed to read all of ``ids`` (B, T) at once, behind an empty cache.
+
+    The cache has room for ``spare`` more tokens, and a layer's window never is what limits it.
+    """
+    return text_feeds(program, ids, caches=empty_caches(program, len(ids), ids.shape[1] + spare))
+
+
+def empty_caches(program: Program, batch: int, capacity: int, *, rolling: bool = False) -> list[Tensor]:
+    """Zeros for the Program's cache inputs, in their order: at least ``capacity`` rows each, or, for ``rolling`` and a
+    layer with a window, the rows that such a layer has."""
+    caches = []
+    for slot in program.slots:
+        rows = slot.rows if rolling and slot.window else max(capacity, slot.window)
+        for name, dim in ((slot.key_format, slot.head_dim), (slot.value_format, slot.value_dim)):
+            form = RowFormat.parse(name)
+            caches.append(torch.from_numpy(np.zeros((batch, slot.kv_heads, rows, form.width(dim)), form.dtype)))
+    return caches
 
 
 def first_tokens(text: Tensor, count: int) -> Tensor:

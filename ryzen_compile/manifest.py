@@ -33,7 +33,7 @@ from ryzen_compile.errors import (
     UsageError,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "ryzen_compile.json"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_FILES = 100_000

@@ -17,8 +17,9 @@ Status = Literal["applied", "unchanged", "rolled back", "unsupported"]
 @dataclass(frozen=True)
 class PassRecord:
     """One pass. ``rmse`` is the distance of the logits from the float64 model, ``max_error`` the largest one from the
-    captured model in float32; both are none where the gate did not run. A lossy pass has ``kl`` (mean, nats per token)
-    and ``top1`` (share of tokens whose most likely successor stays) instead."""
+    captured model in float32; both are none where the gate did not run. A lossy pass has ``kl`` (mean, nats per token),
+    ``late_kl`` (over the last quarter of a sequence: more than ``kl`` is drift) and ``top1`` (share of tokens whose
+    most likely successor stays) instead."""
 
     name: str
     promise: str
@@ -33,6 +34,7 @@ class PassRecord:
     rmse: float | None = None
     detail: str = ""
     kl: float | None = None
+    late_kl: float | None = None
     top1: float | None = None
 
     @property

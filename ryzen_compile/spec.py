@@ -27,10 +27,37 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """One attention layer's place in the key/value cache; ``dtype`` is ``"fp32"``."""
+    """One attention layer's place in the key/value cache; formats are names of ``numerics.rows.RowFormat``.
+
+    A ``window`` above 0 says that the layer looks back so many tokens, itself included, and that the engine drops older
+    rows by itself; its buffers then hold little more than the window, however long the sequence.
+    """
 
     layer: int
     kv_heads: int
     head_dim: int
     value_dim: int
-    dtype: str = "fp32"
+    key_format: str = "fp32"
+    value_format: str = "fp32"
+    window: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of this layer's buffers where the engine evicts by itself, 0 where they hold every token."""
+        return self.window + max(16, self.window // 8) if self.window else 0
+
+    def resident(self, tokens: int) -> int:
+        """How many rows are held, the most recent ones, once a sequence of ``tokens`` has been seen."""
+        return resident_rows(tokens, self.rows, self.window) if self.window else tokens
+
+
+def resident_rows(tokens: int, rows: int, window: int) -> int:
+    """Rows in use of a buffer of ``rows`` whose owner looks back ``window`` tokens, after ``tokens`` of them.
+
+    When it is full, so many are dropped at once that the window is what remains (the layout that GroupQueryAttention's
+    ``sliding_window_cache`` documents): it follows from the number of tokens alone, not from how they were split.
+    """
+    if tokens <= rows:
+        return tokens
+    dropped = rows - window + 1
+    return tokens - dropped * -(-(tokens - rows) // dropped)

@@ -23,7 +23,7 @@ LAYERS = (
     ("capture", "pipeline", "backends", "runtime", "validate", "train"),
     ("report",),
     ("passes",),
-    ("edit", "verify", "probe", "interpret", "ops", "kernels", "program", "mask_spec"),
+    ("edit", "verify", "probe", "interpret", "ops", "kernels", "program", "mask_spec", "row_shifts"),
     ("source", "quantized_checkpoint", "safetensors_header"),
     ("numerics", "text", "publish", "manifest", "spec", "shapes", "config", "errors"),
 )

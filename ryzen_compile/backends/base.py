@@ -21,10 +21,14 @@ class Capability:
 
 
 class Backend(Protocol):
-    """``supported_ops`` names operators of the dialect as ``ryzen::rms_norm``; core ATen is taken for granted."""
+    """``supported_ops`` names operators of the dialect as ``ryzen::rms_norm``; core ATen is taken for granted.
+
+    ``cache_formats`` are the names of ``KVCacheConfig`` that it can keep, None for all.
+    """
 
     name: str
     supported_ops: frozenset[str]
+    cache_formats: frozenset[str] | None
 
     def probe(self) -> Capability:
         """Whether this backend can run on this machine; imports its libraries, raises nothing."""

@@ -26,6 +26,7 @@ class EagerBackend:
 
     name = "eager"
     supported_ops = SUPPORTED
+    cache_formats = None
 
     def probe(self) -> Capability:
         return Capability(True, f"torch {torch.__version__}")

@@ -10,8 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ryzen_compile.numerics import rows
 from ryzen_compile.ops.precision import wide
 from ryzen_compile.ops.rotary import rotate
+from ryzen_compile.spec import resident_rows
+
+FLOAT = "fp32"  # the format of a cache that holds what the model computes, in the model's own precision
 
 
 def _attend(
@@ -78,33 +82,99 @@ def cached_attention(
     window: int,
     softcap: float,
     interleaved: bool,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_format: str = FLOAT,
+    v_format: str = FLOAT,
+    turned: bool = False,
+    rolling: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotates the new queries and keys, appends keys and values to the cache, and attends causally over it.
 
     ``q`` (B, T, H D), ``k`` (B, T, K D), ``v`` (B, T, K D'); or ``q`` (B, T, (H + 2 K) D) packing all three, with
-    ``k`` and ``v`` none. ``k_cache`` (B, K, S, D), ``v_cache`` (B, K, S, D'). ``lengths`` (B,) counts each row's tokens
-    *including* the T new ones, which therefore take positions ``lengths - T .. lengths - 1``. ``cos`` and ``sin``
-    (N, R), or none for no rotation. Returns the output (B, T, H D') and both caches with the new rows in place.
+    ``k`` and ``v`` none. ``k_cache`` (B, K, S, W) and ``v_cache`` (B, K, S, W') hold rows as ``k_format`` and
+    ``v_format`` (``numerics.rows``) store them, with ``k_scale`` (1, K, 1, D) and ``v_scale`` (1, K, 1, D') where
+    scales are fixed. What is attended to is what is stored, the new tokens included. ``lengths`` (B,) counts each row's
+    tokens *including* the T new ones, which therefore take positions ``lengths - T .. lengths - 1``. ``cos`` and
+    ``sin`` (N, R), or none for no rotation. ``turned`` multiplies rotated queries and keys by ``hadamard(D)``, which
+    leaves their products alone and spreads outliers before rounding. A ``rolling`` cache keeps ``spec.resident_rows``
+    rows of a sequence. Returns the output (B, T, H D') and both caches with the new rows in place.
     """
     b, t = q.shape[:2]
-    kv_heads, capacity, d = k_cache.shape[1:]
+    kv_heads = k_cache.shape[1]
     if k is None or v is None:
-        q, k, v = q.split((heads * d, kv_heads * d, kv_heads * v_cache.shape[3]), dim=-1)
-    queries = q.reshape(b, t, heads, d).transpose(1, 2)
-    keys = k.reshape(b, t, kv_heads, d).transpose(1, 2)
+        d = q.shape[2] // (heads + 2 * kv_heads)
+        q, k, v = q.split((heads * d, kv_heads * d, kv_heads * d), dim=-1)
+    queries = q.reshape(b, t, heads, -1).transpose(1, 2)
+    keys = k.reshape(b, t, kv_heads, -1).transpose(1, 2)
     values = v.reshape(b, t, kv_heads, -1).transpose(1, 2)
     positions = lengths.to(torch.int64)[:, None] - t + torch.arange(t, device=q.device)  # (B, T)
     if cos is not None and sin is not None:
         turn_cos, turn_sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
         queries, keys = (rotate(x, turn_cos, turn_sin, interleaved) for x in (queries, keys))
-    rows = torch.arange(b, device=q.device)[:, None]
-    k_cache, v_cache = (c.clone(memory_format=torch.contiguous_format) for c in (k_cache, v_cache))
-    k_cache[rows, :, positions] = keys.transpose(1, 2)
-    v_cache[rows, :, positions] = values.transpose(1, 2)
-    at = torch.arange(capacity, device=q.device)
-    visible = _visible(positions[:, None, :, None], at[None, None, None, :], True, window)
-    out = _attend(queries, k_cache, v_cache, visible, sinks, scale, softcap)
-    return out.reshape(b, t, -1), k_cache, v_cache
+    if turned:
+        spread = torch.from_numpy(rows.hadamard(keys.shape[-1])).to(keys)
+        queries, keys = queries @ spread, keys @ spread
+    new = _stored(keys, k_format, k_scale), _stored(values, v_format, v_scale)
+    place = _roll if rolling else _append
+    held, at, caches = place((k_cache, v_cache), new, positions, window)
+    key_rows, value_rows = (
+        _read(held[0], k_format, keys.shape[-1], k_scale, queries),
+        _read(held[1], v_format, values.shape[-1], v_scale, queries),
+    )
+    visible = _visible(positions[:, None, :, None], at[:, None, None, :], True, window) & (at >= 0)[:, None, None, :]
+    out = _attend(queries, key_rows, value_rows, visible, sinks, scale, softcap)
+    return out.reshape(b, t, -1), *caches
+
+
+Caches = tuple[Tensor, Tensor]
+
+
+def _append(caches: Caches, new: Caches, positions: Tensor, window: int) -> tuple[Caches, Tensor, Caches]:
+    """Row p of the cache is position p. Returns the rows to attend to, their positions (B, S), and the caches."""
+    batch, capacity = len(positions), caches[0].shape[2]
+    rows_of = torch.arange(batch, device=positions.device)[:, None]
+    both = tuple(c.clone(memory_format=torch.contiguous_format) for c in caches)
+    for cache, added in zip(both, new, strict=True):
+        cache[rows_of, :, positions] = added.transpose(1, 2)
+    at = torch.arange(capacity, device=positions.device).expand(batch, -1)
+    return (both[0], both[1]), at, (both[0], both[1])
+
+
+def _roll(caches: Caches, new: Caches, positions: Tensor, window: int) -> tuple[Caches, Tensor, Caches]:
+    """Old rows and new ones side by side, what is absent at position -1; the caches keep the most recent."""
+    batch, t = positions.shape
+    capacity = caches[0].shape[2]
+    held = tuple(torch.cat((old, added), dim=2) for old, added in zip(caches, new, strict=True))
+    at = torch.full((batch, capacity + t), -1, device=positions.device)
+    kept = tuple(c.clone(memory_format=torch.contiguous_format) for c in caches)
+    for b, (first, last) in enumerate(zip(positions[:, 0].tolist(), positions[:, -1].tolist(), strict=True)):
+        before = resident_rows(first, capacity, window)
+        at[b, :before] = torch.arange(first - before, first)
+        at[b, capacity:] = positions[b]
+        after = resident_rows(last + 1, capacity, window)
+        order = torch.cat((torch.arange(before), torch.arange(capacity, capacity + t)))[-after:]
+        for cache, both in zip(kept, held, strict=True):
+            cache[b, :, :after] = both[b, :, order]
+    return (held[0], held[1]), at, (kept[0], kept[1])
+
+
+def _stored(x: Tensor, form: str, scale: Tensor | None) -> Tensor:
+    """Rows (B, K, T, D) as the cache holds them; floats stay as they are, in whatever precision they come."""
+    if form == FLOAT:
+        return x
+    fixed = None if scale is None else scale.detach().cpu().numpy()
+    coded = rows.encode(x.detach().cpu().numpy(), rows.RowFormat.parse(form), fixed)
+    return torch.from_numpy(coded).to(x.device)
+
+
+def _read(held: Tensor, form: str, dim: int, scale: Tensor | None, like: Tensor) -> Tensor:
+    """The inverse of ``_stored``, in the precision of ``like``."""
+    if form == FLOAT:
+        return held
+    fixed = None if scale is None else scale.detach().cpu().numpy()
+    decoded = rows.decode(held.cpu().numpy(), rows.RowFormat.parse(form), dim, fixed)
+    return torch.from_numpy(decoded).to(like)
 
 
 @cached_attention.register_fake
@@ -123,6 +193,14 @@ def _(
     window: int,
     softcap: float,
     interleaved: bool,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_format: str = FLOAT,
+    v_format: str = FLOAT,
+    turned: bool = False,
+    rolling: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = q.new_empty((*q.shape[:2], heads * v_cache.shape[3]))
+    kv_heads = k_cache.shape[1]
+    value_dim = q.shape[2] // (heads + 2 * kv_heads) if v is None else v.shape[2] // kv_heads
+    out = q.new_empty((*q.shape[:2], heads * value_dim))
     return out, k_cache.new_empty(k_cache.shape), v_cache.new_empty(v_cache.shape)

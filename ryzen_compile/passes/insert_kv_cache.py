@@ -8,6 +8,9 @@ Queries, keys and values go in as the projections left them, (B, T, H D), so the
 when the three are the parts of one projection, in order, that projection goes in whole. The new inputs are
 ``attention_mask`` (B, total), whose row sums count each row's tokens, and a key and a value cache per attention; the
 new outputs are the caches with the new rows in place. A rotation that keys and queries do not share stays outside.
+
+A layer that looks back over a window only gets a cache of little more than the window, from which the engine drops what
+is older, unless the window is more than half of the context anyway.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import fx
 
 from ryzen_compile import ops
 from ryzen_compile.edit import Edit
+from ryzen_compile.ops.attention import FLOAT
 from ryzen_compile.passes.base import NoMatch, Pass, PassResult, Site
 from ryzen_compile.probe import Probe
 from ryzen_compile.program import Program, is_call, module_path, shape
@@ -54,6 +58,9 @@ class InsertKVCache(Pass):
     works_on: ClassVar[str] = "attention"
     builds_on: ClassVar[str] = "fuse_attention"
 
+    def __init__(self, *, bounded: bool = True) -> None:
+        self._bounded = bounded
+
     def run(self, program: Program) -> PassResult:
         edit = Edit(program, self.name)
         nodes = [n for n in edit.graph.nodes if is_call(n, attention)]
@@ -70,9 +77,11 @@ class InsertKVCache(Pass):
         lengths = edit.call(aten.sum.dim_IntList, mask, [1], before=_first_call(edit.graph))
         slots, hits = [], []
         for i, m in enumerate(matches):
-            slots.append(_slot(i, m))
+            window = int(m.node.args[5])
+            rolls = self._bounded and 0 < 2 * window <= program.spec.context
+            slots.append(_slot(i, m, window if rolls else 0))
             hits.append(Site(m.node.name, module_path(m.node)))
-            _rewrite(edit, m, slots[-1], lengths, batch, capacity)
+            _rewrite(edit, m, slots[-1], lengths, batch, edit.new_dim(17 + window) if rolls else capacity)
         edit.set_cache(tuple(slots), int(shape(matches[0].q)[1]))
         return PassResult(edit.finish(), tuple(hits))
 
@@ -106,9 +115,9 @@ def _match(node: fx.Node) -> Match | NoMatch:
     return Match(node, q.args[0], k.args[0], v, cos, sin, interleaved)
 
 
-def _slot(i: int, m: Match) -> CacheSlot:
+def _slot(i: int, m: Match, window: int) -> CacheSlot:
     _, kv_heads, _, head_dim = shape(m.k)
-    return CacheSlot(layer=i, kv_heads=int(kv_heads), head_dim=int(head_dim), value_dim=int(shape(m.v)[3]))
+    return CacheSlot(i, int(kv_heads), int(head_dim), int(shape(m.v)[3]), window=window)
 
 
 def _first_call(graph: fx.Graph) -> fx.Node:
@@ -126,7 +135,7 @@ def _rewrite(edit: Edit, m: Match, slot: CacheSlot, lengths: fx.Node, batch: int
     q, k, v = (packed, None, None) if packed is not None else (_flat(edit, x, m.node) for x in (m.q, m.k, m.v))
     results = edit.call(
         ops.cached_attention, q, k, v, *caches, lengths, m.cos, m.sin, sinks, heads, scale, window, softcap,
-        m.interleaved, before=m.node,
+        m.interleaved, None, None, FLOAT, FLOAT, False, slot.window > 0, before=m.node,
     )  # fmt: skip
     out, keys, values = (edit.item(results, i, before=m.node) for i in range(3))
     edit.add_output(keys)

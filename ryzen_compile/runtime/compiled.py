@@ -1,8 +1,8 @@
 """The compiled model as people hold it: call it, let it generate, save it, close it.
 
-It binds an engine to what belongs to the model (report, config, generation defaults, tokenizer) and guards the engine:
-one call at a time, none after ``close``. How tokens are made is ``generate``'s business, how a directory is written is
-the ``saver``'s.
+It binds an engine to what belongs to the model (report, config, generation defaults, tokenizer, the memory that its
+caches share) and guards the engine: one call at a time, none after ``close``. How tokens are made is ``generate``'s
+business, how a directory is written is the ``saver``'s.
 """
 
 from __future__ import annotations
@@ -17,22 +17,31 @@ from typing import Any, Self
 
 import numpy as np
 
-from ryzen_compile.errors import PromptError, UsageError
+from ryzen_compile.errors import PromptError, UnsupportedError, UsageError
+from ryzen_compile.numerics.row_shift import RowShift
 from ryzen_compile.runtime.arguments import Settings, as_input, config_values, read_prompt
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import Engine
-from ryzen_compile.runtime.generate import generate
-from ryzen_compile.runtime.stopping import TextDecoder
+from ryzen_compile.runtime.generate import generate, read
+from ryzen_compile.runtime.pool import CachePool
+from ryzen_compile.runtime.prefix import PrefixStore
+from ryzen_compile.runtime.prompt_cache import PromptCache, load_prompt_cache, save_prompt_cache
+from ryzen_compile.runtime.stopping import TextDecoder, integer
+from ryzen_compile.runtime.stream import Stream
 from ryzen_compile.spec import ModelSpec
 
 Saver = Callable[[Path, bool], None]
+DEFAULT_SINKS = 4
 
 
 class CompiledModel:
     """A model that generates.
 
     ``report``, ``config`` and ``generation_config`` are handed through as given; the last one (a ``GenerationConfig``
-    or a mapping) supplies ``generate``'s defaults. ``saver(directory, force)`` writes the artifact. Calls from several
+    or a mapping) supplies ``generate``'s defaults. ``saver(directory, force)`` writes the artifact. ``motion`` says how
+    cached keys are moved, or why they cannot be; ``stream`` (window, sinks) makes every generation an endless one.
+    ``identity`` names the artifact that prompt caches belong to. ``cache_budget_bytes`` bounds all caches together;
+    ``prefix_bytes`` of it may hold rows of prompts, so that one that begins alike is not read again. Calls from several
     threads wait for each other and return what they would alone. A call from inside a streamer or another callback of a
     running call, a call after ``close`` and a call in a forked child raise ``UsageError``. A ``with`` block closes it.
     """
@@ -46,6 +55,11 @@ class CompiledModel:
         generation_config: Any = None,
         tokenizer: TextDecoder | None = None,
         saver: Saver | None = None,
+        motion: tuple[RowShift, ...] | str = "nothing says how its keys are moved",
+        stream: tuple[int, int] | None = None,
+        identity: str | None = None,
+        cache_budget_bytes: int | None = None,
+        prefix_bytes: int = 0,
     ) -> None:
         self.engine = engine
         self.report = report
@@ -53,6 +67,13 @@ class CompiledModel:
         self.generation_config = generation_config
         self.tokenizer = tokenizer
         self._saver = saver
+        self._motion = motion
+        self._identity = identity
+        self._stream = None if stream is None else self._streamed(*stream)
+        self.pool = CachePool(engine.slots, limit=engine.spec.context, budget_bytes=cache_budget_bytes)
+        self.prefixes = PrefixStore(engine.slots, budget_bytes=prefix_bytes) if prefix_bytes else None
+        if self.prefixes is not None:
+            self.pool.register(self.prefixes)
         self._lock = threading.Lock()
         self._holder: int | None = None
         self._closed = False
@@ -90,13 +111,45 @@ class CompiledModel:
         """``runtime.generate.generate`` on this model, with its tokenizer and generation defaults.
 
         A ``generation_config`` among the arguments is laid over the model's own; plain arguments are laid over both.
-        ``input_ids`` None is an empty prompt, which becomes BOS.
+        ``input_ids`` None is an empty prompt, which becomes BOS. ``window`` makes the sequence endless: what is kept of
+        it are its first ``sinks`` tokens (default 4) and at least the ``window`` most recent ones.
         """
+        stream, window, sinks = self._stream, arguments.pop("window", None), arguments.pop("sinks", None)
+        if window is not None:
+            stream = self._streamed(window, DEFAULT_SINKS if sinks is None else sinks)
+        elif sinks is not None:
+            raise PromptError(f"sinks={sinks!r} belong to a window", hint="give window as well")
+        arguments |= {"pool": self.pool, "prefixes": self.prefixes, "stream": stream}
         arguments.setdefault("tokenizer", self.tokenizer)
         own, given = config_values(self.generation_config), config_values(arguments.pop("generation_config", None))
         prompt = np.zeros((1, 0), dtype=np.int64) if input_ids is None else input_ids
         with self._entered("generate"):
             return generate(self.engine, prompt, attention_mask, generation_config={**own, **given}, **arguments)
+
+    def read_prompt(self, input_ids: Any) -> PromptCache:
+        """The rows of one prompt ``(T,)`` or ``(1, T)``, for ``generate(..., prompt_cache=)`` and
+        ``save_prompt_cache``."""
+        with self._entered("read_prompt"):
+            spec = self.engine.spec
+            rows = read_prompt(input_ids, None, Settings(None, {}, spec.vocab)).rows()
+            if len(rows) != 1:
+                raise PromptError(f"a prompt cache holds one prompt, got {len(rows)}")
+            cache = KVCache(self.engine.slots, 1, 0, limit=spec.context, account=self.pool)
+            cache.reserve(len(rows[0]))
+            read(self.engine, cache, rows[0])
+            return PromptCache(cache, np.array(rows[0], dtype=np.int64))
+
+    def save_prompt_cache(self, path: str | os.PathLike[str], prompt: PromptCache) -> None:
+        """Write what ``read_prompt`` returned to a safetensors file that only this artifact reads again.
+
+        Raises ``UsageError`` for a model that was not loaded from an artifact, and as the module ``prompt_cache`` says.
+        """
+        save_prompt_cache(path, prompt.row, prompt.tokens, self._artifact("save_prompt_cache"))
+
+    def load_prompt_cache(self, path: str | os.PathLike[str]) -> PromptCache:
+        """What ``save_prompt_cache`` wrote; another artifact's file is refused."""
+        spec, identity = self.engine.spec, self._artifact("load_prompt_cache")
+        return load_prompt_cache(path, self.engine.slots, identity, vocab=spec.vocab, limit=spec.context)
 
     def save_pretrained(self, directory: str | os.PathLike[str], force: bool = False) -> None:
         """Write the artifact to ``directory``; ``force`` replaces an artifact that is there.
@@ -125,6 +178,18 @@ class CompiledModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _streamed(self, window: object, sinks: object) -> Stream:
+        if isinstance(self._motion, str):
+            raise UnsupportedError(f"this model cannot generate with a window: {self._motion}")
+        stream = Stream(integer("window", window, 1), integer("sinks", sinks, 0), self._motion)
+        stream.check(self.engine.slots, self.engine.spec.context)
+        return stream
+
+    def _artifact(self, what: str) -> str:
+        if self._identity is None:
+            raise UsageError(f"{what} needs a model that was loaded from an artifact", hint="save it and load it")
+        return self._identity
 
     @contextmanager
     def _entered(self, what: str, *, even_closed: bool = False) -> Iterator[None]:

@@ -1,15 +1,16 @@
 """The decode loop: prompts in, token ids out, over any engine, with the meaning of transformers' ``generate``.
 
-Every prompt is prefilled alone, in chunks and without its padding, into its row of one cache; then all rows decode
-together, each at its own position. Padding therefore never enters attention, and a row's tokens do not depend on its
-neighbours. A finished row is stepped on with the pad token, so the batch keeps its shape. Arguments that are not
-supported are refused by name: none is ever ignored. It knows no backend and holds no state between calls.
+Every prompt is prefilled alone, in chunks and without its padding, into its row of one cache, less what is known of its
+beginning; then all rows decode together, each at its own position. Padding therefore never enters attention, and a
+row's tokens do not depend on its neighbours. A finished row is stepped on with the pad token, so the batch keeps its
+shape. Arguments that are not supported are refused by name: none is ever ignored. It knows no backend and holds no
+state between calls.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,10 @@ from ryzen_compile.errors import PromptError
 from ryzen_compile.runtime.arguments import Prompt, Settings, as_input, read_prompt
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import Engine
+from ryzen_compile.runtime.pool import CachePool
+from ryzen_compile.runtime.prefix import PrefixStore
+from ryzen_compile.runtime.prompt_cache import PromptCache
+from ryzen_compile.runtime.reuse import Reuse
 from ryzen_compile.runtime.sampling import LogitsProcessor, TokenChooser
 from ryzen_compile.runtime.stopping import (
     StoppingCriterion,
@@ -27,9 +32,11 @@ from ryzen_compile.runtime.stopping import (
     TextDecoder,
     integer,
 )
+from ryzen_compile.runtime.stream import Stream
 
 # Room for new tokens that a generation starts with. Untouched zeros take no memory yet, while growing copies.
 INITIAL_ROOM = 1024
+ENDLESS = 1 << 40  # the context of a stream
 
 
 class Streamer(Protocol):
@@ -44,11 +51,13 @@ class Streamer(Protocol):
 class GenerationStats:
     """Filled in by ``generate(..., stats=...)``. Tokens count all rows, and no padding; times are wall seconds.
 
-    ``time_to_first_token`` runs from the call to the first token chosen and includes the prefill; ``decode_seconds`` is
-    the time of the ``decode_steps`` steps after it, which gave ``decode_tokens`` tokens.
+    ``reused_tokens`` of the prompts were known and not computed again. ``time_to_first_token`` runs from the call to
+    the first token chosen and includes the prefill; ``decode_seconds`` is the time of the ``decode_steps`` steps after
+    it, which gave ``decode_tokens`` tokens.
     """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     new_tokens: int = 0
     decode_tokens: int = 0
     decode_steps: int = 0
@@ -70,6 +79,10 @@ def generate(
     seed: int | None = None,
     prefill_chunk_size: int = 512,
     cache_budget_bytes: int | None = None,
+    pool: CachePool | None = None,
+    prefixes: PrefixStore | None = None,
+    prompt_cache: PromptCache | None = None,
+    stream: Stream | None = None,
     stats: GenerationStats | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -80,6 +93,10 @@ def generate(
     ``pad_token_id`` that is no EOS marks the padding. An empty prompt becomes BOS, an empty batch is returned as it is.
     ``kwargs`` are the names in ``ACCEPTED``; they override ``generation_config``. Rows that end early are filled with
     the pad token (default: EOS); without either they run on until all are finished, as in transformers.
+
+    The cache is lent by ``pool`` (default: one for this call, of ``cache_budget_bytes``). What ``prompt_cache`` or
+    ``prefixes`` hold of a prompt's beginning is copied, and ``prefixes`` learns what was computed. With a ``stream`` a
+    sequence has no end: the cache keeps its first tokens and its last ones, and nothing is reused.
 
     Raises ``PromptError`` for whatever is out of range, contradictory, unknown or too long for the context,
     ``MemoryLimitError`` when the cache would exceed its budget, ``NumericalError`` when logits are not finite.
@@ -93,7 +110,11 @@ def generate(
         raise PromptError(f"a streamer takes one sequence, got {rows}", hint="generate one prompt at a time")
     if not rows:
         return as_input(input_ids, prompt.ids)
-    limit, minimum = settings.lengths(prompt, engine.spec.context)
+    context = engine.spec.context
+    if stream is not None:
+        stream.check(engine.slots, context)
+        chunk = min(chunk, stream.slack)
+    limit, minimum = settings.lengths(prompt, context if stream is None else ENDLESS)
     chooser = TokenChooser(
         settings.params,
         rows,
@@ -105,13 +126,25 @@ def generate(
     strings = StopStrings(settings.get("stop_strings"), tokenizer)
     windows = [strings.start(own) for own in prompt.rows() for _ in range(settings.copies)] if strings else []
     tracker = StopTracker(rows, eos=settings.eos, windows=windows, criteria=list(stopping_criteria or ()))
-    cache = KVCache(engine.slots, len(prompt.ids), 0, limit=engine.spec.context, budget_bytes=cache_budget_bytes)
-    # The last token chosen is never stepped. Checked in full now, so that no run dies of memory in the middle.
-    cache.require(prompt.longest + limit - 1, batch=rows)
-    cache.reserve(prompt.longest + min(limit - 1, INITIAL_ROOM))
+    if pool is None or cache_budget_bytes is not None:
+        pool = CachePool(engine.slots, limit=context, budget_bytes=cache_budget_bytes)
     show = None if streamer is None else _shower(streamer, input_ids)
-    run = _Run(engine, prompt, settings, limit, chooser, tracker, show, stats or GenerationStats())
-    run.decode(*run.prefill(cache, chunk), began)
+    sources = () if stream is not None else tuple(s for s in (prompt_cache, prefixes) if s is not None)
+    reuse = Reuse(sources, None if stream is not None else prefixes)
+    run = _Run(engine, prompt, settings, limit, chooser, tracker, show, stats or GenerationStats(), reuse, stream)
+    longest = prompt.longest + limit - 1  # the last token chosen is never stepped
+    room = prompt.longest + min(limit - 1, INITIAL_ROOM) if stream is None else stream.capacity
+    # Now, so that no run dies of memory in the middle; copies are made while the prompts' own rows are still held.
+    pool.require(rows + (len(prompt.ids) if settings.copies > 1 else 0), longest if stream is None else room)
+    with pool.borrowed(len(prompt.ids), room) as cache:
+        logits = run.prefill(cache, chunk)
+        pool.ask(cache, 0)  # what was learned of the prompts shares the budget
+        if settings.copies == 1:
+            run.decode(cache, logits, began)
+        else:
+            copies = run.copied(cache)
+    if settings.copies > 1:
+        run.decode(copies, np.repeat(logits, settings.copies, axis=0), began)
     if streamer is not None:
         streamer.end()
     return as_input(input_ids, run.ids[:, : run.columns].copy())
@@ -124,6 +157,27 @@ def _shower(streamer: Streamer, given: Any) -> Callable[[np.ndarray], None]:
         streamer.put(as_input(given, tokens.copy(), on_device=False))
 
     return show
+
+
+def read(
+    engine: Engine,
+    row: KVCache,
+    prompt: Sequence[int],
+    *,
+    known: int = 0,
+    chunk: int = 512,
+    stream: Stream | None = None,
+) -> np.ndarray:
+    """Steps a prompt, ``chunk`` tokens at a time, into a row that holds its first ``known`` tokens and has room for the
+    rest; returns the logits ``(V,)`` that follow it."""
+    tokens = np.array([prompt], dtype=np.int64)
+    for begin in range(known, len(prompt), chunk):
+        part = np.ascontiguousarray(tokens[:, begin : begin + chunk])
+        if stream is not None:
+            stream.make_room(row, part.shape[1])
+        logits = engine.step(part, row)[0, -1]
+        row.advance(part.shape[1])
+    return logits.copy()  # as the engine may reuse its output
 
 
 class _Run:
@@ -139,6 +193,8 @@ class _Run:
         tracker: StopTracker,
         show: Callable[[np.ndarray], None] | None,
         stats: GenerationStats,
+        reuse: Reuse,
+        stream: Stream | None,
     ) -> None:
         self.engine = engine
         self.prompt = prompt
@@ -148,56 +204,65 @@ class _Run:
         self.tracker = tracker
         self.show = show
         self.stats = stats
+        self.reuse = reuse
+        self.stream = stream
         self.columns = prompt.ids.shape[1]
         self.ids = np.repeat(np.pad(prompt.ids, ((0, 0), (0, limit))), settings.copies, axis=0)
         self.starts = np.repeat(prompt.starts, settings.copies)
         stats.prompt_tokens, stats.new_tokens = int((self.columns - prompt.starts).sum()), 0
+        stats.reused_tokens = 0
 
-    def prefill(self, cache: KVCache, chunk: int) -> tuple[KVCache, np.ndarray]:
-        """Fill each row of ``cache`` with its prompt, ``chunk`` tokens a step, then copy rows for further sequences.
-
-        Returns the cache of all sequences and the logits ``(B, V)`` that follow their prompts.
-        """
+    def prefill(self, cache: KVCache, chunk: int) -> np.ndarray:
+        """Fill each row of ``cache`` with its prompt, ``chunk`` tokens a step; returns the logits ``(B, V)`` that
+        follow them."""
         if self.show is not None:
             self.show(self.prompt.ids)
         began = time.perf_counter()
-        last: list[np.ndarray] = []
-        for row, start in enumerate(self.prompt.starts):
-            view = cache.row(row)
-            for begin in range(int(start), self.columns, chunk):
-                tokens = np.ascontiguousarray(self.prompt.ids[row : row + 1, begin : begin + chunk])
-                logits = self.engine.step(tokens, view)[0, -1]
-                view.advance(tokens.shape[1])
-            # A copy, as the engine may reuse its output for the next row.
-            last.append(logits.copy())
-        logits = np.stack(last)
-        if self.copies > 1:
-            origin = np.repeat(np.arange(len(logits)), self.copies)
-            cache, logits = cache.select(origin), logits[origin]
+        last = [self._read(cache.row(row), tokens, chunk) for row, tokens in enumerate(self.prompt.rows())]
         self.stats.prefill_seconds = time.perf_counter() - began
-        return cache, logits
+        return np.stack(last)
+
+    def copied(self, cache: KVCache) -> KVCache:
+        """A row for every sequence; those of one prompt share its pages until they are written."""
+        room = 0 if self.stream is not None else min(self.ids.shape[1] - self.columns, INITIAL_ROOM)
+        return cache.select(np.repeat(np.arange(cache.batch), self.copies), room=room)
+
+    def _read(self, row: KVCache, prompt: list[int], chunk: int) -> np.ndarray:
+        """Fill an empty row with its prompt; returns the logits ``(V,)`` that follow it."""
+        tokens = np.array(prompt, dtype=np.int64)
+        known = self.reuse.fill(row, tokens)
+        self.stats.reused_tokens += known
+        logits = read(self.engine, row, prompt, known=known, chunk=chunk, stream=self.stream)
+        self.reuse.learn(row, tokens)
+        return logits
 
     def decode(self, cache: KVCache, logits: np.ndarray, began: float) -> None:
         """Choose and step until every row is done or ``ids`` is full, from the ``logits`` ``(B, V)`` of the prompts."""
         rows, width = self.ids.shape
         tokens = np.empty((rows, 1), dtype=np.int64)
-        held = int(cache.lengths.max())
         first = self.columns
         is_over = self._take(logits, 0)
         first_token_at = time.perf_counter()
         self.stats.time_to_first_token = first_token_at - began
         while not is_over and self.columns < width:
             tokens[:, 0] = self.ids[:, self.columns - 1]
-            if held == cache.capacity:
-                # By half, so that copying stays a constant share of the work.
-                cache.reserve(min(held + 1 + held // 2, held + width - self.columns))
+            self._make_room(cache, width - self.columns)
             logits = self.engine.step(tokens, cache)[:, -1]
             cache.advance(1)
-            held += 1
             is_over = self._take(logits, self.columns - first)
         self.stats.decode_seconds = time.perf_counter() - first_token_at
         self.stats.decode_steps = self.columns - first - 1
         self.stats.decode_tokens = self.stats.new_tokens - rows
+
+    def _make_room(self, cache: KVCache, left: int) -> None:
+        """For one token more in every row, of ``left`` that may still come."""
+        if self.stream is not None:
+            self.stream.make_room(cache, 1)
+            return
+        held = int(cache.lengths.max())
+        if held == cache.capacity:
+            # By half, so that copying stays a constant share of the work.
+            cache.reserve(min(held + 1 + held // 2, held + left))
 
     def _take(self, logits: np.ndarray, step: int) -> bool:
         """Choose every row's token from ``logits`` ``(B, V)``, append it, show it; whether all rows are done."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ryzen_compile.errors import CaptureError
-from ryzen_compile.interpret import first_tokens, interpret, text_feeds
+from ryzen_compile.interpret import cached_feeds, empty_caches, first_tokens, interpret, text_feeds
 from ryzen_compile.numerics.divergence import mean_divergence
 from ryzen_compile.program import Program, is_call, module_path
 
@@ -27,6 +27,7 @@ FLOOR = 1e-5  # of the logits' scale: errors below it say nothing
 TOKENS = 17
 LONGEST_WINDOW = 64  # up to which the probe sequence is made long enough to leave it
 TEXT_TOKENS = 512  # that a lossy pass is measured on
+LONG_TEXT = 1024  # the same for the cache, whose errors may grow with the sequence
 CHUNKS = (5, 9, 1, 1)  # how a cached Program is fed the same tokens; the rest comes at once
 
 
@@ -40,20 +41,32 @@ class ParityGate:
     def __init__(self, captured: Program, *, text: Tensor | None = None, seed: int = 0) -> None:
         self._ids = _probe_ids(captured, seed)
         self._captured = captured
-        self._text = self._ids if text is None else first_tokens(text, TEXT_TOKENS)
+        self._text = self._ids if text is None else text
         self.rebase(captured)
 
     def rebase(self, program: Program) -> None:
-        """Makes ``program``, which has no cache yet, the reference of ``measure``."""
-        self._single = full_logits(program, self._ids)
-        self._double = full_logits(program, self._ids, double=True)
+        """Makes ``program`` the reference of ``measure``; one with a cache gives logits for all tokens still."""
+        self._single, _ = logits_of(program, self._ids)
+        self._double, _ = logits_of(program, self._ids, double=True)
         self._scale = max(1.0, float(self._double.square().mean().sqrt()))
         self.reference_rmse = _rmse(self._single, self._double)
 
-    def measure_loss(self, program: Program) -> tuple[float, float]:
-        """(mean KL divergence in nats per token, share of tokens whose most likely successor stays) to the captured
-        model, of a Program without a cache."""
-        return mean_divergence(full_logits(self._captured, self._text), full_logits(program, self._text))
+    def measure_loss(self, program: Program) -> tuple[float, float, float]:
+        """(mean KL divergence to the captured model in nats per token, the same over the last quarter of a sequence,
+        share of tokens whose most likely successor stays).
+
+        A Program with a cache reads one long sequence, all the text up to the context, through it.
+        """
+        if not program.slots:
+            text = first_tokens(self._text, TEXT_TOKENS)
+            reference, logits = (full_logits(p, text) for p in (self._captured, program))
+        else:
+            text = self._text.flatten()[None, : min(LONG_TEXT, program.spec.context)]
+            reference = full_logits(self._captured, text)
+            logits = interpret(program, cached_feeds(program, text), [program.outputs[0]])[0]
+        late = slice(reference.shape[1] - max(1, reference.shape[1] // 4), None)
+        kl, top1 = mean_divergence(reference, logits)
+        return kl, mean_divergence(reference[:, late], logits[:, late])[0], top1
 
     def measure(self, program: Program) -> tuple[float, float, bool]:
         """(rmse to float64, largest difference to the captured float32 logits, whether the rmse is within budget)."""
@@ -124,20 +137,20 @@ def full_logits(program: Program, ids: Tensor, *, double: bool = False) -> Tenso
     return logits
 
 
-def logits_of(program: Program, ids: Tensor) -> tuple[Tensor, list[int]]:
+def logits_of(program: Program, ids: Tensor, *, double: bool = False) -> tuple[Tensor, list[int]]:
     """The logits a Program gives for ``ids`` and the token rows they belong to, through its cache if it has one."""
     if not program.slots:
-        logits = full_logits(program, ids)
+        logits = full_logits(program, ids, double=double)
         tokens = ids.shape[1]
         return logits, (list(range(tokens)) if logits.shape[1] == tokens else [tokens - 1])
-    rows = [_cached_logits(program, row[None]) for row in ids]
+    rows = [_cached_logits(program, row[None], double) for row in ids]
     return torch.cat([logits for logits, _ in rows]), rows[0][1]
 
 
-def _cached_logits(program: Program, ids: Tensor) -> tuple[Tensor, list[int]]:
+def _cached_logits(program: Program, ids: Tensor, double: bool) -> tuple[Tensor, list[int]]:
     """One sequence in ``CHUNKS``; the capacity is larger than the sequence, so unwritten rows must not matter."""
     tokens = ids.shape[1]
-    caches = [torch.zeros((1, s.kv_heads, tokens + 3, d)) for s in program.slots for d in (s.head_dim, s.value_dim)]
+    caches = empty_caches(program, 1, tokens + 3, rolling=True)
     collected: list[Tensor] = []
     rows: list[int] = []
     done = 0
@@ -146,7 +159,7 @@ def _cached_logits(program: Program, ids: Tensor) -> tuple[Tensor, list[int]]:
         if size <= 0:
             break
         feeds = text_feeds(program, ids[:, done : done + size], start=done, caches=caches)
-        logits, *caches = interpret(program, feeds, list(program.outputs))
+        logits, *caches = interpret(program, feeds, list(program.outputs), double=double)
         done += size
         rows.extend(range(done - logits.shape[1], done))
         collected.append(logits)

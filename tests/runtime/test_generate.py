@@ -237,14 +237,14 @@ def test_growing_the_cache_in_the_middle_changes_nothing(
 
     class Stingy(KVCache):
         def __init__(self, *layout: Any, **options: Any) -> None:
-            super().__init__(*layout, chunk=3, **options)
+            super().__init__(*layout, **{**options, "chunk": 3})
             caches.append(self)
 
         def advance(self, tokens: int) -> None:
             super().advance(tokens)
             capacities.append(self.capacity)
 
-    monkeypatch.setattr("ryzen_compile.runtime.generate.KVCache", Stingy)
+    monkeypatch.setattr("ryzen_compile.runtime.pool.KVCache", Stingy)
     result = generate(engine, BATCH, MASK, max_new_tokens=30)
     np.testing.assert_array_equal(result, reference(model, BATCH, MASK, max_new_tokens=30))
     assert len(caches) == 1 and len(set(capacities)) > 2, "the cache grew more than once while it held tokens"

@@ -6,25 +6,37 @@ sees a byte of it. The layout is in ``ARCHITECTURE.md``.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onnx import GraphProto
+import numpy as np
+from onnx import GraphProto, NodeProto, TensorProto
 
 from ryzen_compile.backends.onnxruntime import MODEL_NAME, PREFILL_NAME
 from ryzen_compile.backends.onnxruntime.artifact_check import check_model
+from ryzen_compile.backends.onnxruntime.cache_file import CACHE_NAME, read_shifts, write_shifts
 from ryzen_compile.backends.onnxruntime.genai import GENAI_CONFIG_NAME, genai_config, known_tokenizer_class
 from ryzen_compile.errors import ArtifactError
-from ryzen_compile.manifest import listed_files, read_manifest, verify_files, write_manifest
+from ryzen_compile.manifest import listed_files, read_manifest, shown, verify_files, write_manifest
+from ryzen_compile.numerics.row_shift import RowShift
+from ryzen_compile.numerics.rows import RowFormat
 from ryzen_compile.publish import Staging
 from ryzen_compile.spec import CacheSlot, ModelSpec
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 REPORT_NAME = "report.json"
+ELEMENTS = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
+}
+_PAST_KEY = re.compile(r"past_key_values\.(\d{1,6})\.key")
 
 
 @dataclass(frozen=True)
@@ -44,9 +56,23 @@ class Artifact:
     spec: ModelSpec
     slots: tuple[CacheSlot, ...]
     manifest: Mapping[str, Any]
+    motion: tuple[RowShift, ...] | str = "the artifact does not say how its keys are moved"
     config: Mapping[str, Any] | None = None
     generation_config: Mapping[str, Any] | None = None
     report: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def stream(self) -> tuple[int, int] | None:
+        """Window and sinks of an artifact that was made for endless sequences."""
+        settings = self.manifest.get("recipe", {}).get("kv", {})
+        window, sinks = settings.get("window"), settings.get("sinks", 0)
+        return (window, sinks) if isinstance(window, int) and isinstance(sinks, int) else None
+
+    @property
+    def identity(self) -> str:
+        """A digest of the model's files and its weights: what cached rows belong to."""
+        files = {name: facts for name, facts in self.manifest["files"].items() if ".onnx" in name}
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
     @property
     def model(self) -> Path:
@@ -64,6 +90,7 @@ def write(
     *,
     spec: ModelSpec,
     slots: tuple[CacheSlot, ...],
+    motion: tuple[RowShift, ...] | str = "",
     facts: Mapping[str, Any],
     report: Any = None,
     companions: Companions | None = None,
@@ -71,12 +98,16 @@ def write(
 ) -> Path:
     """Publishes an artifact at ``out``; ``write_model(directory)`` writes ``model.onnx``, its data, and a second form.
 
+    ``motion`` says how cached keys are moved, or why they cannot be.
+
     Raises ``UsageError``, ``ArtifactError``, ``BusyError`` or ``ResourceError`` as ``Staging`` does; whatever was at
     ``out`` before is then untouched.
     """
     companions = companions or Companions()
     with Staging(out, force=force) as stage:
         write_model(stage.path)
+        if not isinstance(motion, str):
+            write_shifts(stage.path, motion, slots)
         inputs = [value.name for value in check_model(stage.path, MODEL_NAME).graph.input]
         generation = dict(companions.generation_config or {})
         special = {
@@ -98,7 +129,7 @@ def write(
             **facts,
             "spec": asdict(spec),
             "slots": [asdict(slot) for slot in slots],
-        }
+        } | ({"motion": motion} if isinstance(motion, str) else {})
         return stage.commit(lambda directory: write_manifest(directory, described))
 
 
@@ -123,11 +154,13 @@ def read(directory: Path, *, digests: bool = True) -> Artifact:
         raise ArtifactError(f"{directory.name}: the manifest does not describe the model: {error}") from error
     for model in models:
         _check_described(model.graph, spec, slots)
+    unknown = manifest.get("motion", Artifact.motion)
     return Artifact(
         directory,
         spec,
         slots,
         manifest,
+        read_shifts(directory, slots) if CACHE_NAME in listed else str(unknown),
         _load(directory / CONFIG_NAME),
         _load(directory / GENERATION_CONFIG_NAME),
         _load(directory / REPORT_NAME),
@@ -136,20 +169,47 @@ def read(directory: Path, *, digests: bool = True) -> Artifact:
 
 def _check_described(graph: GraphProto, spec: ModelSpec, slots: tuple[CacheSlot, ...]) -> None:
     """Buffers are made from the manifest and bound to the graph by address, so the two have to agree."""
-    shapes = {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    found = {
+        value.name: (value.type.tensor_type.elem_type, [dim.dim_value for dim in value.type.tensor_type.shape.dim])
         for value in (*graph.input, *graph.output)
         if value.name == "logits" or value.name.startswith("past_key_values.")
     }
-    wanted: dict[str, dict[int, object]] = {"logits": {2: spec.vocab}}
+    wanted: dict[str, tuple[int, dict[int, object]]] = {"logits": (TensorProto.FLOAT, {2: spec.vocab})}
     for index, slot in enumerate(slots):
-        wanted[f"past_key_values.{index}.key"] = {1: slot.kv_heads, 3: slot.head_dim}
-        wanted[f"past_key_values.{index}.value"] = {1: slot.kv_heads, 3: slot.value_dim}
-    for name in sorted({*shapes, *wanted}):
-        found, sizes = shapes.get(name), wanted.get(name)
-        if found is None or sizes is None or any(i >= len(found) or found[i] != size for i, size in sizes.items()):
-            says = "is not in the manifest" if sizes is None else f"should have {list(sizes.values())} by the manifest"
-            raise ArtifactError(f"{name} {says}, the graph has {found or 'none'}", hint="export it again")
+        sides = (("key", slot.key_format, slot.head_dim), ("value", slot.value_format, slot.value_dim))
+        for half, name, dim in sides:
+            form = RowFormat.parse(name)
+            sizes: dict[int, object] = {1: slot.kv_heads, 3: form.width(dim)}
+            wanted[f"past_key_values.{index}.{half}"] = (ELEMENTS[form.dtype], sizes)
+    for name in sorted({*found, *wanted}):
+        if name not in wanted:
+            raise ArtifactError(f"{name} is not in the manifest, the graph has {found[name]}", hint="export it again")
+        kind, sizes = wanted[name]
+        has, shape = found.get(name, (0, []))
+        if has != kind or any(i >= len(shape) or shape[i] != size for i, size in sizes.items()):
+            raise ArtifactError(
+                f"{name} should have {list(sizes.values())} of type {kind} by the manifest, the graph has "
+                f"{shape or 'none'} of type {has}",
+                hint="export it again",
+            )
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            _check_window(node, slots)
+
+
+def _check_window(node: NodeProto, slots: tuple[CacheSlot, ...]) -> None:
+    """An attention drops old rows by itself if and only if its buffers are made for that."""
+    past = _PAST_KEY.fullmatch(node.input[3]) if len(node.input) > 3 else None
+    if past is None or int(past[1]) >= len(slots):
+        raise ArtifactError(f"attention {shown(node.name)} reads no cache of the manifest", hint="export it again")
+    facts = {attribute.name: attribute.i for attribute in node.attribute}
+    window = facts.get("local_window_size", -1) if facts.get("sliding_window_cache", 0) else 0
+    slot = slots[int(past[1])]
+    if window != slot.window:
+        raise ArtifactError(
+            f"layer {slot.layer} keeps a window of {window} tokens in the graph, of {slot.window} by the manifest",
+            hint="export it again",
+        )
 
 
 def _generalize_tokenizer(directory: Path) -> None:

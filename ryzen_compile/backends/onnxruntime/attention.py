@@ -2,7 +2,8 @@
 
 The operator appends, rotates and attends in place. On a CPU it wants a head size divisible by 8, and to rotate inside
 also one divisible by 16 with a table whose columns are divisible by 8. Other heads are padded with zeros in the graph
-(and so in the cache); other rotations happen in front of it, in RotaryEmbedding, which takes any size.
+(and so in the cache); other rotations happen in front of it, in RotaryEmbedding, which takes any size. It stores
+rows as floats or as integers with fixed scales; keys and values alike.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import onnx_ir as ir
 
 from ryzen_compile.backends.onnxruntime.emit import CONTRIB, Emitter
 from ryzen_compile.backends.onnxruntime.functions import full_attention
+from ryzen_compile.errors import UnsupportedError
+from ryzen_compile.numerics.rows import RowFormat
 
 HEAD_MULTIPLE = 8
 ROTARY_HEAD_MULTIPLE = 16
 ROTARY_TABLE_MULTIPLE = 8
+CACHE_FORMATS = ("fp32", "int8", "int4")
 
 
 def padded_head_dim(d: int) -> int:
@@ -60,15 +64,27 @@ def cached_attention(
     cos: ir.Value | None,
     sin: ir.Value | None,
     sinks: ir.Value | None,
+    k_scale: ir.Value | None,
+    v_scale: ir.Value | None,
     *,
     heads: int,
     scale: float,
     window: int,
     softcap: float,
     interleaved: bool,
+    k_format: str,
+    v_format: str,
+    turned: int,
+    rolling: int,
 ) -> tuple[ir.Value, ...]:
     """``ryzen::cached_attention``: returns the output (B, T, H D'), and both caches, whose heads may be padded."""
-    kv_heads, d, d_value = _dim(k_cache, 1), _dim(k_cache, 3), _dim(v_cache, 3)
+    if k_format != v_format or k_format not in CACHE_FORMATS or turned:
+        raise UnsupportedError(
+            f"GroupQueryAttention cannot keep keys as {k_format} and values as {v_format}",
+            hint=f"both as one of {', '.join(CACHE_FORMATS)}, or backend='eager'",
+        )
+    kv_heads = _dim(k_cache, 1)
+    d, d_value = _head_dims(q, k, v, heads, kv_heads)
     width = padded_head_dim(max(d, d_value))
     tables = _tables_inside(e, cos, sin, width, interleaved)
     rotate_before = cos is not None and sin is not None and tables is None
@@ -84,15 +100,21 @@ def cached_attention(
         q = _pad(e, q, heads, d, width)
         k, v = _pad(e, k, kv_heads, d, width), _pad(e, v, kv_heads, d_value, width)
     last, total = e.once(("lengths", lengths), lambda: _row_lengths(e, lengths))
-    attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": scale}
+    attributes: dict[str, object] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": scale}
     if window:
         attributes["local_window_size"] = window
+    if rolling:
+        attributes["sliding_window_cache"] = 1
+    if k_scale is not None and v_scale is not None:
+        bits = RowFormat.parse(k_format).bits
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": bits}
+        k_scale, v_scale = _pad_scale(e, k_scale, d, width), _pad_scale(e, v_scale, d_value, width)
     if softcap:
         attributes["softcap"] = softcap
     if tables is not None:
         attributes |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
     turn = tables or (None, None)
-    inputs = (q, k, v, k_cache, v_cache, last, total, *turn, None, None, sinks)
+    inputs = (q, k, v, k_cache, v_cache, last, total, *turn, None, None, sinks, k_scale, v_scale)
     out, present_k, present_v = e.ops("GroupQueryAttention", *inputs, outputs=3, domain=CONTRIB, **attributes)
     if width != d_value:
         out = e.op("Reshape", out, e.ints(0, 0, heads, width))
@@ -106,6 +128,22 @@ def _dim(value: ir.Value, axis: int) -> int:
     if not isinstance(size, int):
         raise ValueError(f"dimension {axis} of {value.name} must be static, its shape is {value.shape}")
     return size
+
+
+def _head_dims(q: ir.Value, k: ir.Value | None, v: ir.Value | None, heads: int, kv_heads: int) -> tuple[int, int]:
+    """Channels of a key's head and of a value's, from what the projections produce."""
+    if k is None or v is None:
+        d = _dim(q, 2) // (heads + 2 * kv_heads)
+        return d, d
+    return _dim(k, 2) // kv_heads, _dim(v, 2) // kv_heads
+
+
+def _pad_scale(e: Emitter, scale: ir.Value, d: int, width: int) -> ir.Value:
+    """(1, K, 1, d) -> (1, K, 1, width), ones for the channels that are always zero."""
+    if d == width:
+        return scale
+    ones = e.constant(np.ones((1, _dim(scale, 1), 1, width - d), np.float32))
+    return e.op("Concat", scale, ones, axis=3)
 
 
 def _tables_inside(

@@ -26,6 +26,7 @@ from ryzen_compile.backends.onnxruntime.dialect import attributes_of, tensor_ari
 from ryzen_compile.backends.onnxruntime.emit import CONTRIB, LOCAL, OPSET, Emitter, LoweringOptions
 from ryzen_compile.backends.onnxruntime.rules import RULES
 from ryzen_compile.errors import UnsupportedError, UsageError
+from ryzen_compile.numerics.rows import RowFormat
 from ryzen_compile.program import Program, module_path, op_name
 from ryzen_compile.spec import CacheSlot
 
@@ -188,12 +189,14 @@ def _name_interface(graph: ir.Graph, program: Program) -> None:
         if value.shape is not None:
             value.shape = ir.Shape([words.get(str(d), d) if not isinstance(d, int) else d for d in value.shape])
     for index, slot in enumerate(cache_slots(program.slots)):
+        width = RowFormat.parse(slot.key_format).width(slot.head_dim)  # of values too: they are padded alike
+        capacity = f"window_{slot.window}_capacity" if slot.window else "capacity"
         for half in ("key", "value"):
             past = next(v for v in graph.inputs if v.name == f"past_key_values.{index}.{half}")
-            past.shape = ir.Shape(["batch", slot.kv_heads, "capacity", slot.head_dim])
+            past.shape = ir.Shape(["batch", slot.kv_heads, capacity, width])
             # Without a shared buffer, which only a caller decides, the present is longer than the past.
             present = next(v for v in graph.outputs if v.name == f"present.{index}.{half}")
-            present.shape = ir.Shape(["batch", slot.kv_heads, "present_capacity", slot.head_dim])
+            present.shape = ir.Shape(["batch", slot.kv_heads, f"present_{capacity}", width])
 
 
 def _dimension_words(graph: ir.Graph) -> dict[str, str]:

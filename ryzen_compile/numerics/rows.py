@@ -1,0 +1,163 @@
+"""How one token's key or value lies in a cache: as floats, as integers with fixed scales, or with scales of their own.
+
+A stored row never refers to another token's: it can be moved, copied, dropped and saved alone, and no scale ever spans
+tokens written at different times. Three kinds, by their names:
+
+    fp32             D floats
+    int8, int4       D signed integers; the scale of every channel is fixed when the model is made (``k_scale`` of
+                     ONNX Runtime's GroupQueryAttention, whose layout this is: two 4-bit codes in a byte, the even
+                     channel low, 8 added)
+    int8-g32 ...     the same codes in bytes, then one float16 scale for every group of 32 channels of this very row
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ryzen_compile.errors import ConfigError
+
+SCALE_BYTES = 2  # of a float16
+CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # shares of a group's largest magnitude that 4-bit codes may reach to
+LARGEST_SCALE = float(np.finfo(np.float16).max)
+SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """``bits`` 32 (float32), 8 or 4 a channel; ``group`` channels share a scale in the row, 0: scales are fixed."""
+
+    bits: int = 32
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits not in (32, 8, 4) or self.group < 0 or (self.group and (self.bits == 32 or self.group % 2)):
+            raise ConfigError(
+                f"a cache row of {self.bits} bits in groups of {self.group} is not known",
+                hint="bits are 32, 8 or 4, groups even, and floats have none",
+            )
+
+    def __str__(self) -> str:
+        name = "fp32" if self.bits == 32 else f"int{self.bits}"
+        return f"{name}-g{self.group}" if self.group else name
+
+    @classmethod
+    def parse(cls, text: str) -> RowFormat:
+        """The inverse of ``str``; raises ``ConfigError``."""
+        name, _, group = text.partition("-g")
+        bits = {"fp32": 32, "int8": 8, "int4": 4}.get(name)
+        if bits is None or str(cls(bits, int(group) if group.isdecimal() else 0)) != text:
+            raise ConfigError(f"{text!r} is no cache format", hint="for example fp32, int8, int4 or int8-g32")
+        return cls(bits, int(group or 0))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of a stored element."""
+        if self.bits == 32:
+            return np.dtype(np.float32)
+        return np.dtype(np.int8 if self.bits == 8 and not self.group else np.uint8)
+
+    @property
+    def limit(self) -> int:
+        """The largest code; the smallest is ``-limit - 1``."""
+        return int(2 ** (self.bits - 1)) - 1
+
+    def width(self, dim: int) -> int:
+        """Stored elements of a row of ``dim`` channels; raises ``ConfigError`` when they do not divide."""
+        if self.bits == 32:
+            return dim
+        if dim % (self.group or 1) or (self.bits == 4 and dim % 2):
+            raise ConfigError(f"cache format {self} does not divide a head of {dim} channels")
+        return dim * self.bits // 8 + (dim // self.group * SCALE_BYTES if self.group else 0)
+
+
+def encode(x: np.ndarray, form: RowFormat, scale: np.ndarray | None = None) -> np.ndarray:
+    """Rows ``(..., D)`` of floats as they are stored, ``(..., form.width(D))``.
+
+    ``scale``, broadcastable to ``x``, is what fixed scales are; codes round half to even and are clamped. A row that
+    carries its scales chooses them itself: at 4 bits, of ``CLIPPED`` the one with the least squared error.
+    """
+    if form.bits == 32:
+        return x.astype(np.float32)
+    if not form.group:
+        if scale is None:
+            raise ConfigError(f"cache format {form} needs scales", hint="calibrate, or use a grouped format")
+        codes = np.clip(np.rint(x / scale), -form.limit - 1, form.limit).astype(np.int8)
+        return codes if form.bits == 8 else _packed(codes)
+    groups = x.reshape(*x.shape[:-1], -1, form.group)
+    scales = _group_scales(groups, form)
+    codes = np.clip(np.rint(groups / scales), -form.limit - 1, form.limit).astype(np.int8).reshape(x.shape)
+    stored = codes.view(np.uint8) if form.bits == 8 else _packed(codes)
+    carried = np.ascontiguousarray(scales[..., 0].astype(np.float16)).view(np.uint8)
+    return np.concatenate((stored, carried), axis=-1)
+
+
+def decode(rows: np.ndarray, form: RowFormat, dim: int, scale: np.ndarray | None = None) -> np.ndarray:
+    """What stored rows stand for: float32 ``(..., dim)``."""
+    if form.bits == 32:
+        return rows
+    if not form.group:
+        codes = rows if form.bits == 8 else _unpacked(rows)
+        decoded: np.ndarray = (codes * scale).astype(np.float32)
+        return decoded
+    split = dim * form.bits // 8
+    stored = np.ascontiguousarray(rows[..., :split])
+    codes = stored.view(np.int8) if form.bits == 8 else _unpacked(stored)
+    scales = np.ascontiguousarray(rows[..., split:]).view(np.float16).astype(np.float32)
+    grouped: np.ndarray = codes.reshape(*codes.shape[:-1], -1, form.group) * scales[..., None]
+    return grouped.reshape(codes.shape)
+
+
+def hadamard(dim: int) -> np.ndarray:
+    """Sylvester's orthogonal matrix of ``dim``, a power of two: float64, symmetric, its own inverse.
+
+    It spreads one channel's outlier over all of them (QuaRot, Ashkboos et al., 2024).
+    """
+    if dim < 1 or dim & (dim - 1):
+        raise ConfigError(f"a Hadamard matrix of {dim} is not known", hint="head sizes that are powers of two have one")
+    matrix = np.ones((1, 1))
+    while len(matrix) < dim:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.sqrt(dim)
+
+
+def _group_scales(groups: np.ndarray, form: RowFormat) -> np.ndarray:
+    """``groups`` (..., G) -> their scales (..., 1), exact in float16."""
+    reach = LARGEST_SCALE * form.limit
+    groups = np.clip(groups, -reach, reach)  # no scale reaches further, and squares of such values would overflow
+    largest = np.abs(groups).max(axis=-1, keepdims=True) / form.limit
+    best = _half(largest)
+    if form.bits == 4:
+        least = _squared_error(groups, best, form)
+        for share in CLIPPED[1:]:
+            scale = _half(largest * share)
+            error = _squared_error(groups, scale, form)
+            best = np.where(error < least, scale, best)
+            least = np.minimum(error, least)
+    return best
+
+
+def _half(scale: np.ndarray) -> np.ndarray:
+    """As float16 holds it, never zero and never infinite."""
+    return np.clip(scale, SMALLEST_SCALE, LARGEST_SCALE).astype(np.float16).astype(np.float32)
+
+
+def _squared_error(groups: np.ndarray, scale: np.ndarray, form: RowFormat) -> np.ndarray:
+    rounded = np.clip(np.rint(groups / scale), -form.limit - 1, form.limit) * scale
+    error: np.ndarray = np.square(rounded - groups).sum(axis=-1, keepdims=True)
+    return error
+
+
+def _packed(codes: np.ndarray) -> np.ndarray:
+    """int8 codes (..., D) in -8..7 -> bytes (..., D / 2)."""
+    raised = (codes + 8).astype(np.uint8)
+    return raised[..., ::2] | (raised[..., 1::2] << 4)
+
+
+def _unpacked(packed: np.ndarray) -> np.ndarray:
+    """The inverse of ``_packed``."""
+    codes = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.int8)
+    codes[..., ::2] = (packed & 15).astype(np.int8) - 8
+    codes[..., 1::2] = (packed >> 4).astype(np.int8) - 8
+    return codes

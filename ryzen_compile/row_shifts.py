@@ -1,0 +1,77 @@
+"""Reads off a Program with a cache how the keys of every layer can be moved to other positions, or why they cannot."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import fx
+
+from ryzen_compile.errors import UnsupportedError
+from ryzen_compile.interpret import interpret
+from ryzen_compile.numerics.row_shift import RowShift
+from ryzen_compile.numerics.rows import RowFormat
+from ryzen_compile.program import Program, is_call, module_path, shape
+from ryzen_compile.spec import CacheSlot
+
+TOLERANCE = 2e-3  # of a table's unit circle: what rounding of large angles in float32 comes to
+OUTSIDE = "positions enter outside of the attention"
+
+
+def row_shifts(program: Program) -> tuple[RowShift, ...]:
+    """One per slot; raises ``UnsupportedError`` where a key's position cannot be changed once it is stored."""
+    positions = program.input("position_ids")
+    if positions is not None and positions.users:
+        reader = next(iter(positions.users))
+        raise UnsupportedError(f"{OUTSIDE}, in {module_path(reader) or reader.name}: its keys cannot be moved")
+    nodes = [n for n in program.graph.nodes if is_call(n, torch.ops.ryzen.cached_attention)]
+    return tuple(_shift(program, node, slot) for node, slot in zip(nodes, program.slots, strict=True))
+
+
+def _shift(program: Program, node: fx.Node, slot: CacheSlot) -> RowShift:
+    cos, sin, k_scale = node.args[6], node.args[7], node.args[14]
+    scale = None if k_scale is None else _value(program, k_scale)
+    frequencies = np.empty(0) if cos is None else _frequencies(_value(program, cos), _value(program, sin), node)
+    if cos is None and _comes_from_rotation(node):
+        raise UnsupportedError(f"keys of {module_path(node) or node.name} are rotated before they reach the cache")
+    return RowShift(
+        RowFormat.parse(slot.key_format), slot.head_dim, frequencies, bool(node.args[13]), scale, bool(node.args[18])
+    )
+
+
+def _comes_from_rotation(node: fx.Node) -> bool:
+    """Whether a rotation by position lies between this attention's keys and the projection they come from."""
+    pending = [node.args[1] if isinstance(node.args[1], fx.Node) else node.args[0]]
+    seen: set[fx.Node] = set()
+    while pending:
+        one = pending.pop()
+        if is_call(one, torch.ops.ryzen.rotary):
+            return True
+        if one in seen or is_call(one, torch.ops.aten.linear, torch.ops.ryzen.linear_nbits):
+            continue
+        seen.add(one)
+        pending.extend(source for source in one.all_input_nodes if shape(source))
+    return False
+
+
+def _frequencies(cos: np.ndarray, sin: np.ndarray, node: fx.Node) -> np.ndarray:
+    """Radians per position, from the tables' first step; every later row has to be that many steps."""
+    length = np.hypot(cos[0], sin[0])  # some models scale their tables
+    steps = np.arctan2(sin[1].astype(np.float64), cos[1].astype(np.float64))
+    rows = np.unique(np.geomspace(1, len(cos) - 1, 64).astype(np.int64))
+    # The first step alone is too coarse for thousands of them: refine it on rows twice as far each time.
+    for row in rows:
+        turn = np.arctan2(sin[row].astype(np.float64), cos[row].astype(np.float64)) - row * steps
+        steps = steps + (turn - 2 * np.pi * np.rint(turn / (2 * np.pi))) / row
+    angles = rows[:, None] * steps
+    apart = max(np.abs(np.cos(angles) * length - cos[rows]).max(), np.abs(np.sin(angles) * length - sin[rows]).max())
+    if apart > TOLERANCE * max(1.0, float(length.max())):
+        raise UnsupportedError(
+            f"the rotation of {module_path(node) or node.name} does not turn evenly with the position (off by "
+            f"{apart:.1e}): its keys cannot be moved"
+        )
+    return np.asarray(steps)
+
+
+def _value(program: Program, node: fx.Node) -> np.ndarray:
+    value: np.ndarray = interpret(program, {}, [node])[0].numpy()
+    return value

@@ -1,0 +1,79 @@
+"""Endless sequences in a cache of constant size: the first tokens stay, and of the rest the most recent.
+
+StreamingLLM (Xiao et al., 2023): attention puts the weight it has no use for on the first tokens, so a model that loses
+those falls apart, while one that keeps a few goes on for ever. Positions are those within the cache: what is kept after
+a drop closes the gap, and its keys are turned back by as much, so that a model never sees a position beyond its
+context. Any layer can do that whose keys can be moved; a model that adds positions to its embeddings cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ryzen_compile.errors import UnsupportedError, UsageError
+from ryzen_compile.numerics.row_shift import RowShift
+from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.spec import CacheSlot
+
+LEAST_SLACK = 16
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Keeps a sequence's first ``sinks`` tokens and at least its ``window`` most recent ones.
+
+    ``shifts`` says how each slot's keys are moved. ``slack`` rows are dropped at a time: a quarter of the window, so
+    that a key is moved, and an integer one rounded anew, four times before it goes.
+    """
+
+    window: int
+    sinks: int
+    shifts: tuple[RowShift, ...]
+
+    @property
+    def slack(self) -> int:
+        """Rows beyond sinks and window: the most new tokens that one step may bring."""
+        return max(LEAST_SLACK, self.window // 4)
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the cache, for ever."""
+        return self.sinks + self.window + self.slack
+
+    def check(self, slots: Sequence[CacheSlot], context: int) -> None:
+        """Refuses what cannot be streamed: ``UsageError`` beyond the context, ``UnsupportedError`` for slots that drop
+        rows by themselves."""
+        if self.window < 1 or self.sinks < 0:
+            raise UsageError(f"a stream needs window >= 1 and sinks >= 0, got {self.window} and {self.sinks}")
+        if self.capacity > context:
+            raise UsageError(
+                f"window {self.window} with {self.sinks} sinks takes a cache of {self.capacity} tokens, the model's "
+                f"context is {context}",
+                hint=f"ask for a window of at most {max(0, (context - self.sinks) * 4 // 5)}",
+            )
+        if any(slot.window for slot in slots):
+            raise UnsupportedError(
+                "layers of this model keep a window of their own and drop older rows by themselves",
+                hint="export it with a window, or with kv.bounded false",
+            )
+
+    def make_room(self, cache: KVCache, tokens: int) -> None:
+        """Drops old rows until every row of ``cache`` has room for ``tokens`` more, at most ``slack``."""
+        if tokens > self.slack:
+            raise UsageError(f"{tokens} tokens in one step of a stream, it takes {self.slack}")
+        if int(cache.lengths.max()) + tokens <= cache.capacity:
+            return
+        for row in np.flatnonzero(cache.lengths + tokens > cache.capacity):
+            self._drop(cache, int(row), self.slack)
+
+    def _drop(self, cache: KVCache, row: int, count: int) -> None:
+        """Forgets ``count`` tokens behind the sinks of one row; what follows them moves forward."""
+        held = int(cache.lengths[row])
+        first, one = self.sinks, slice(row, row + 1)
+        for keys, values, shift in zip(cache.keys, cache.values, self.shifts, strict=True):
+            keys[one, :, first : held - count] = shift.shift(keys[one, :, first + count : held], -count)
+            values[one, :, first : held - count] = values[one, :, first + count : held].copy()
+        cache.lengths[row] = held - count
