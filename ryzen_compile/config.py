@@ -230,7 +230,13 @@ def _kv_settings(name: str, value: Any) -> dict[str, Any]:
         return {name: value}
     if isinstance(value, KVCacheConfig):
         return value.model_dump()
-    return parse_kv(value) if isinstance(value, str) else dict(value)
+    if isinstance(value, str):
+        return parse_kv(value)
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"kv: expected settings, a mapping or a name, got {value!r}", hint="for example int8 or int4-g32"
+        )
+    return dict(value)
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:

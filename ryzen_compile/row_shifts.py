@@ -13,7 +13,9 @@ from ryzen_compile.numerics.rows import RowFormat
 from ryzen_compile.program import Program, is_call, module_path, shape
 from ryzen_compile.spec import CacheSlot
 
-TOLERANCE = 2e-3  # of a table's unit circle: what rounding of large angles in float32 comes to
+TOLERANCE = 1e-4  # of a table's unit circle, and
+ROUNDING = 2.0**-22  # of every radian: what a model loses that multiplies positions and frequencies in float32
+SAMPLES = 4096  # rows of a table that are read
 OUTSIDE = "positions enter outside of the attention"
 
 
@@ -33,8 +35,10 @@ def _shift(program: Program, node: fx.Node, slot: CacheSlot) -> RowShift:
     frequencies = np.empty(0) if cos is None else _frequencies(_value(program, cos), _value(program, sin), node)
     if cos is None and _comes_from_rotation(node):
         raise UnsupportedError(f"keys of {module_path(node) or node.name} are rotated before they reach the cache")
+    mean = None if node.args[20] is None else _value(program, node.args[20])
+    interleaved, turned = bool(node.args[13]), bool(node.args[18])
     return RowShift(
-        RowFormat.parse(slot.key_format), slot.head_dim, frequencies, bool(node.args[13]), scale, bool(node.args[18])
+        RowFormat.parse(slot.key_format), slot.head_dim, frequencies, interleaved, scale, turned=turned, mean=mean
     )
 
 
@@ -56,20 +60,32 @@ def _comes_from_rotation(node: fx.Node) -> bool:
 def _frequencies(cos: np.ndarray, sin: np.ndarray, node: fx.Node) -> np.ndarray:
     """Radians per position, from the tables' first step; every later row has to be that many steps."""
     length = np.hypot(cos[0], sin[0])  # some models scale their tables
-    steps = np.arctan2(sin[1].astype(np.float64), cos[1].astype(np.float64))
-    rows = np.unique(np.geomspace(1, len(cos) - 1, 64).astype(np.int64))
-    # The first step alone is too coarse for thousands of them: refine it on rows twice as far each time.
-    for row in rows:
-        turn = np.arctan2(sin[row].astype(np.float64), cos[row].astype(np.float64)) - row * steps
-        steps = steps + (turn - 2 * np.pi * np.rint(turn / (2 * np.pi))) / row
+    if len(cos) < 2:
+        raise UnsupportedError(
+            f"the rotation of {module_path(node) or node.name} has one position only: no step to read"
+        )
+    steps = _turn(cos, sin, np.array([1]), np.zeros(cos.shape[1]))[0]
+    # The first step alone is too coarse for thousands of them: refine it on rows a little further each time.
+    for row in np.unique(np.geomspace(1, len(cos) - 1, 64).astype(np.int64)):
+        steps = steps + _turn(cos, sin, row[None], steps)[0] / row
+    rows = np.unique(np.linspace(1, len(cos) - 1, SAMPLES).astype(np.int64))
+    # Every row is rounded by itself: least squares over many says more than the last one.
+    steps = steps + (rows[:, None] * _turn(cos, sin, rows, steps)).sum(0) / np.square(rows.astype(np.float64)).sum()
     angles = rows[:, None] * steps
-    apart = max(np.abs(np.cos(angles) * length - cos[rows]).max(), np.abs(np.sin(angles) * length - sin[rows]).max())
-    if apart > TOLERANCE * max(1.0, float(length.max())):
+    apart = np.maximum(np.abs(np.cos(angles) * length - cos[rows]), np.abs(np.sin(angles) * length - sin[rows]))
+    if not (apart <= (TOLERANCE + ROUNDING * np.abs(angles)) * np.maximum(1.0, length)).all():  # NaN is refused too
         raise UnsupportedError(
             f"the rotation of {module_path(node) or node.name} does not turn evenly with the position (off by "
-            f"{apart:.1e}): its keys cannot be moved"
+            f"{apart.max():.1e}): its keys cannot be moved"
         )
     return np.asarray(steps)
+
+
+def _turn(cos: np.ndarray, sin: np.ndarray, rows: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """How far the angles in ``rows`` are from so many ``steps``, (len(rows), R) in -pi .. pi."""
+    turn = np.arctan2(sin[rows].astype(np.float64), cos[rows].astype(np.float64)) - rows[:, None] * steps
+    apart: np.ndarray = turn - 2 * np.pi * np.rint(turn / (2 * np.pi))
+    return apart
 
 
 def _value(program: Program, node: fx.Node) -> np.ndarray:

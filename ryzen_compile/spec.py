@@ -44,11 +44,16 @@ class CacheSlot:
     @property
     def rows(self) -> int:
         """Rows of this layer's buffers where the engine evicts by itself, 0 where they hold every token."""
-        return self.window + max(16, self.window // 8) if self.window else 0
+        return cache_rows(self.window)
 
     def resident(self, tokens: int) -> int:
         """How many rows are held, the most recent ones, once a sequence of ``tokens`` has been seen."""
         return resident_rows(tokens, self.rows, self.window) if self.window else tokens
+
+
+def cache_rows(window: int) -> int:
+    """Rows of a buffer for a layer that looks back ``window`` tokens: with some slack, so that eviction is rare."""
+    return window + max(16, window // 8) if window else 0
 
 
 def resident_rows(tokens: int, rows: int, window: int) -> int:

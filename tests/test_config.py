@@ -9,11 +9,14 @@ import pytest
 from ryzen_compile.cli.defaults import DEFAULT_RECIPE as SHOWN_RECIPE
 from ryzen_compile.config import (
     DEFAULT_RECIPE,
+    KV_BUDGETS,
     RECIPES,
+    KVCacheConfig,
     Recipe,
     TensorFormat,
     WeightQuantization,
     find_recipe,
+    parse_kv,
     parse_overrides,
 )
 from ryzen_compile.errors import ConfigError
@@ -140,3 +143,75 @@ def test_an_override_that_is_given_again_wins() -> None:
     """The last that matches a weight wins, so the second of two equal expressions has to be the later one."""
     found = parse_overrides(["lm_head=8", ".*=2", "lm_head=4"])
     assert list(found)[-1] == "lm_head"
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_caches_are_floats_unless_asked_otherwise() -> None:
+    assert {recipe.kv for recipe in RECIPES} == {KVCacheConfig()}
+    assert (KVCacheConfig().dtype, KVCacheConfig().budget, KVCacheConfig().bounded) == ("fp32", 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "formats"),
+    [
+        ("fp32", ("fp32", "fp32")),
+        ("int8", ("int8", "int8")),
+        ("int4", ("int4", "int4")),
+        ("k8v4", ("int8", "int4")),
+        ("auto", ("int4", "int4")),
+        ("int8-g16", ("int8-g16", "int8-g16")),
+        ("k8v4-g128", ("int8-g128", "int4-g128")),
+    ],
+)
+def test_caches_by_name(text: str, formats: tuple[str, str]) -> None:
+    kv = KVCacheConfig(**parse_kv(text))
+    assert (str(kv), tuple(map(str, kv.formats))) == (text, formats)
+    assert kv.budget == KV_BUDGETS[kv.dtype] and KVCacheConfig(dtype=kv.dtype, max_kl=0.3).budget == 0.3
+    assert find_recipe("int4", kv=text).kv == find_recipe("int4", kv=kv).kv == kv
+    assert find_recipe("int4", kv=text).weights == find_recipe("int4").weights
+    assert KVCacheConfig.model_validate_json(kv.model_dump_json()) == kv
+
+
+def test_fewer_bits_have_the_larger_budget() -> None:
+    assert KV_BUDGETS["int8"] < KV_BUDGETS["k8v4"] < KV_BUDGETS["int4"]
+
+
+def test_changes_to_a_cache() -> None:
+    once = find_recipe("fp32", kv={"dtype": "int4", "max_kl": 0.5, "bounded": False})
+    assert once.kv == KVCacheConfig(dtype="int4", max_kl=0.5, bounded=False)
+    twice = find_recipe(once, kv="int8-g32", window=64)
+    assert twice.kv == KVCacheConfig(dtype="int8", group=32, max_kl=0.5, bounded=False, window=64)
+    assert find_recipe(twice, kv="k8v4").kv.group is None  # a name says both
+    assert find_recipe(twice, sinks=0).kv.sinks == 0 and find_recipe(twice, window=None, kv=None).kv == twice.kv
+    assert find_recipe(twice, kv=KVCacheConfig()).kv == KVCacheConfig()  # whole settings leave nothing of the old
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"kv": "int5"},
+            "recipe 'int4': kv.dtype: Input should be 'fp32', 'int8', 'int4', 'k8v4' or 'auto', got 'int",
+        ),
+        ({"kv": ""}, "kv.dtype: Input should be 'fp32'"),
+        ({"kv": "int8-g"}, "kv.group: Input should be 16, 32, 64 or 128, got ''"),
+        ({"kv": "int8-g24"}, "kv.group: Input should be 16, 32, 64 or 128, got 24"),
+        ({"kv": "int8-g-16"}, "kv.group: Input should be 16, 32, 64 or 128, got '-16'"),
+        ({"kv": "int8-16"}, "kv.dtype: Input should be 'fp32', 'int8', 'int4', 'k8v4' or 'auto', got 'int8-16'"),
+        ({"kv": "fp32-g32"}, "recipe 'int4': kv: Value error, a cache of dtype 'fp32' has no groups"),
+        ({"kv": "auto-g32"}, "recipe 'int4': kv: Value error, a cache of dtype 'auto' has no groups"),
+        ({"kv": {"type": "int8"}}, "kv.type: Extra inputs are not permitted, got 'int8'"),
+        ({"kv": {"max_kl": 0}}, "kv.max_kl: Input should be greater than 0, got 0"),
+        ({"kv": 8}, "kv: expected settings, a mapping or a name, got 8; for example int8 or int4-g32"),
+        ({"kv": ["int8"]}, "kv: expected settings, a mapping or a name, got ['int8']"),
+        ({"window": 15}, "kv.window: Input should be greater than or equal to 16, got 15"),
+        ({"window": "wide"}, "kv.window: Input should be a valid integer"),
+        ({"sinks": -1}, "kv.sinks: Input should be greater than or equal to 0, got -1"),
+    ],
+)
+def test_caches_that_cannot_be_asked_for(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_recipe("int4", **changes)
+    assert said in str(caught.value)

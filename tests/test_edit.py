@@ -146,6 +146,26 @@ def test_inputs_outputs_and_slots(edit: Edit) -> None:
     assert torch.equal(negative, -torch.ones(2, 5, 3)) and absolute.tolist() == [1, 2]
 
 
+def test_an_input_takes_another_type_and_its_readers_are_made_anew(edit: Edit) -> None:
+    batch = shape(edit.program.inputs[0])[0]
+    given = edit.add_input("extra", edit.fake_empty((batch, 4), torch.float32))
+    reader = edit.call(aten.neg.default, given, before=edit.graph.output_node())
+    edit.add_output(reader)
+    edit.retype_input(given, edit.fake_empty((batch, 2), torch.int8))
+    assert given.meta["rewritten_by"] == "a_test"
+    edit.set_output(1, edit.call(aten.neg.default, given, before=edit.graph.output_node()))
+    assert edit.erase_dead() == 1
+    edit.set_slots((CacheSlot(0, 2, 16, 16, "int8", "int4"),))
+    spec = edit.spec
+    done = edit.finish()
+    verify(done)
+    assert done.spec == spec and [slot.key_format for slot in done.slots] == ["int8"]
+    assert [x.meta["val"].dtype for x in (done.input("extra"), done.outputs[1])] == [torch.int8] * 2
+    assert shape(done.outputs[1]) == shape(done.input("extra")) == (batch, 2)
+    feeds = dict(zip(done.inputs, (IDS, POSITIONS, torch.full((2, 2), 7, dtype=torch.int8)), strict=True))
+    assert torch.equal(interpret(done, feeds, [done.outputs[1]])[0], torch.full((2, 2), -7, dtype=torch.int8))
+
+
 def test_a_weight_that_nothing_reads_can_go(edit: Edit) -> None:
     linear = head(edit.program)
     weight = linear.args[1]

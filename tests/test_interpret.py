@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from ryzen_compile.interpret import interpret
+from ryzen_compile.edit import Edit
+from ryzen_compile.interpret import cached_feeds, empty_caches, interpret, text_feeds
 from ryzen_compile.program import Program, is_call, op_name
+from ryzen_compile.spec import CacheSlot
 from tests.passes.graphs import captured, program_of
 
 aten = torch.ops.aten
@@ -155,3 +157,50 @@ def test_weights_are_read_right_before_their_first_reader() -> None:
     )
     assert len(order) == len(set(order))
     assert ran == sorted(set(ran)) and ran[0] < ran[-1] == len(order)
+
+
+# --- what is fed ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fed() -> Program:
+    """A graph with the inputs of a cached one, in no order, and slots of several kinds."""
+    edit = Edit(captured("llama"), "a_test")
+    for name in ("attention_mask", *(f"past_key_values_{i}_{kind}" for i in range(3) for kind in ("key", "value"))):
+        edit.add_input(name, edit.fake_empty((2, 3), torch.float32))
+    edit.set_cache(
+        (
+            CacheSlot(0, 2, 16, 8),
+            CacheSlot(1, 3, 16, 32, "int8", "int4-g16", window=5),
+            CacheSlot(2, 1, 6, 6, "int4", "int8", window=200),
+        ),
+        heads=4,
+    )
+    return edit.finish()
+
+
+def test_empty_caches_are_in_the_inputs_order_and_as_they_are_stored(fed: Program) -> None:
+    sizes = [tuple(x.shape) for x in empty_caches(fed, 2, 31)]
+    assert sizes == [(2, 2, 31, 16), (2, 2, 31, 8), (2, 3, 31, 16), (2, 3, 31, 20), (2, 1, 200, 3), (2, 1, 200, 6)]
+    rolling = empty_caches(fed, 2, 31, rolling=True)
+    rows = [31, 31, 5 + 16, 5 + 16, 225, 225]  # of a window there are a few more rows, whatever the capacity
+    assert [tuple(x.shape) for x in rolling] == [(*s[:2], n, s[3]) for s, n in zip(sizes, rows, strict=True)]
+    kinds = [torch.float32, torch.float32, torch.int8, torch.uint8, torch.uint8, torch.int8]
+    assert [x.dtype for x in rolling] == kinds and not any(x.any() for x in rolling)
+    assert len({x.data_ptr() for x in rolling}) == 6
+
+
+def test_text_is_fed_by_name(fed: Program) -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    caches = empty_caches(fed, 2, 13)
+    feeds = {node.name: value for node, value in text_feeds(fed, ids, start=10, caches=caches).items()}
+    assert list(feeds) == [node.name for node in fed.inputs]
+    assert torch.equal(feeds["input_ids"], ids)
+    assert feeds["position_ids"].tolist() == [[10, 11, 12]] * 2
+    assert feeds["attention_mask"].tolist() == [[1] * 13] * 2
+    assert feeds["past_key_values_1_value"] is caches[3]
+    whole = {node.name: value for node, value in cached_feeds(fed, ids, spare=4).items()}
+    assert whole["position_ids"].tolist() == [[0, 1, 2]] * 2 and whole["attention_mask"].shape == (2, 3)
+    assert [whole[f"past_key_values_{i}_key"].shape[2] for i in range(3)] == [7, 7, 200]
+    with pytest.raises(ValueError, match="shorter"):
+        text_feeds(fed, ids, caches=caches[:5])

@@ -19,7 +19,7 @@ from ryzen_compile.passes.eliminate_dead import EliminateDead
 from ryzen_compile.passes.fuse_add_norm import FuseAddNorm
 from ryzen_compile.passes.fuse_norm import FuseNorm
 from ryzen_compile.passes.insert_kv_cache import InsertKVCache
-from ryzen_compile.pipeline import default_passes, run_passes
+from ryzen_compile.pipeline import LATE_ALLOWANCE, default_passes, run_passes
 from ryzen_compile.program import Program, is_call, module_path
 from ryzen_compile.report import PassRecord
 from ryzen_compile.validate.parity import ParityGate, full_logits
@@ -359,14 +359,19 @@ def test_a_lossy_pass_over_its_budget_is_rolled_back(nano: Program, wrong: type[
     record = report.records[0]
     assert record.hits == () and not (record.kl <= wrong.max_kl)
     assert re.fullmatch(
-        r"mean KL divergence (\S+) nats per token, 0\.05 is allowed; top-1 agreement [\d.]+%", record.detail
+        r"mean KL divergence (\S+) nats per token, (\S+) in the last quarter of a sequence, 0\.05 is allowed; "
+        r"top-1 agreement [\d.]+%",
+        record.detail,
+    )
+    assert (record.kl, record.late_kl, record.top1) == pytest.approx(
+        own_gate(nano).measure_loss(wrong().run(nano).program), nan_ok=True
     )
     assert not [n for n in program.graph.nodes if n.meta.get("rewritten_by") == wrong.name]
     torch.testing.assert_close(full_logits(program, IDS), full_logits(nano, IDS), rtol=0, atol=0)
 
 
 def test_a_required_lossy_pass_over_its_budget_ends_the_run(nano: Program) -> None:
-    with pytest.raises(ParityError, match=r"^pass must_round: mean KL divergence .* token, 0\.05 is") as caught:
+    with pytest.raises(ParityError, match=r"^pass must_round: mean KL divergence .* sequence, 0\.05 is") as caught:
         run_passes(nano, (Canonicalize(), RequiredCoarse()), gate=own_gate(nano))
     assert "more bits" in caught.value.hint and caught.value.exit_code == 7
 
@@ -421,3 +426,110 @@ def test_where_quantization_stands() -> None:
     at = names.index("quantize_weights")
     assert names[at - 1 : at + 2] == ["fuse_linear", "quantize_weights", "insert_kv_cache"]
     assert [name for name in names if name != "quantize_weights"] == [p.name for p in default_passes(Recipe())]
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def names_of(**changes: object) -> list[str]:
+    return [p.name for p in default_passes(find_recipe("fp32", **changes))]
+
+
+def test_where_the_quantization_of_the_cache_stands() -> None:
+    names = names_of(kv="int8")
+    at = names.index("quantize_kv_cache")
+    assert names[at - 1 : at + 2] == ["insert_kv_cache", "quantize_kv_cache", "prune_logits"]
+    assert [name for name in names if name != "quantize_kv_cache"] == names_of() == names_of(kv="fp32")
+
+
+@pytest.mark.parametrize(
+    ("kv", "bounded"), [({}, True), ({"bounded": False}, False), ({"window": 32}, False), ({"dtype": "int8"}, True)]
+)
+def test_a_stream_drops_rows_of_all_layers_alike(kv: dict[str, object], bounded: bool) -> None:
+    (insert,) = (p for p in default_passes(find_recipe("fp32", kv=kv)) if isinstance(p, InsertKVCache))
+    assert insert._bounded is bounded
+
+
+@pytest.mark.parametrize("kv", ["int8", "int8-g16", "k8v4"])
+def test_a_quantized_cache_is_followed_by_exact_passes_that_are_checked(nano: Program, kv: str) -> None:
+    recipe = find_recipe("fp32", kv=kv)
+    program, report = run_passes(nano, default_passes(recipe, calibration=IDS), gate=own_gate(nano), strict=True)
+    found = {r.name: r for r in report.records}
+    record = found["quantize_kv_cache"]
+    assert record.status == "applied" and record.promise == "lossy" and record.rmse is None
+    assert 0 < record.kl < recipe.kv.budget and 0 < record.late_kl < LATE_ALLOWANCE * recipe.kv.budget
+    assert found["insert_kv_cache"].kl is None and found["insert_kv_cache"].rmse < 1e-4  # exact before rounding
+    assert found["prune_logits"].status == "applied" and found["prune_logits"].rmse is not None
+    assert [slot.key_format for slot in program.slots] == [kv.replace("k8v4", "int8")] * 2
+    gate = own_gate(nano)
+    whole, _ = run_passes(nano, default_passes(recipe, calibration=IDS)[:-2], gate=gate)
+    _, report = run_passes(whole, (WrongHead(),), gate=gate)
+    assert statuses(report.records) == {"wrong_head": "rolled back"}
+
+
+class WrongHead(Rewrite):
+    """The output a thousandth too large, behind a quantized cache."""
+
+    name = "wrong_head"
+
+    def run(self, program: Program) -> PassResult:
+        edit = Edit(program, self.name)
+        logits = edit.program.outputs[0]
+        edit.set_output(0, edit.call(aten.mul.Tensor, logits, 1.001, before=edit.graph.output_node()))
+        return PassResult(edit.finish(), (Site(logits.name, "head"),))
+
+
+def test_a_cache_that_cannot_meet_its_budget_is_an_error(nano: Program) -> None:
+    recipe = find_recipe("fp32", kv={"dtype": "int4", "max_kl": 1e-9})
+    with pytest.raises(ParityError, match=r"^pass quantize_kv_cache: .* last quarter of a sequence, 1e-09 is allowed"):
+        run_passes(nano, default_passes(recipe), gate=own_gate(nano))
+
+
+class Measured:
+    """A gate that finds what it is told, and remembers what became the reference."""
+
+    reference_rmse = 1e-7
+
+    def __init__(self, kl: float, late: float) -> None:
+        self.found, self.references = (kl, late, 0.9), 0
+
+    def measure(self, program: Program) -> tuple[float, float, bool]:
+        return 0.0, 0.0, True
+
+    def measure_loss(self, program: Program) -> tuple[float, float, float]:
+        return self.found
+
+    def rebase(self, program: Program) -> None:
+        self.references += 1
+
+    def moved(self, before: Program, after: Program) -> str:
+        return "nowhere"
+
+
+NAN, BUDGET = float("nan"), Rounding.max_kl
+
+
+@pytest.mark.parametrize(
+    ("kl", "late", "accepted"),
+    [
+        (BUDGET, LATE_ALLOWANCE * BUDGET, True),
+        (0.0, 0.0, True),
+        (BUDGET * 1.001, BUDGET, False),
+        (BUDGET, LATE_ALLOWANCE * BUDGET * 1.001, False),  # drift
+        (BUDGET / 2, 3 * BUDGET, False),
+        (NAN, 0.0, False),
+        (0.0, NAN, False),
+        (0.0, float("inf"), False),
+    ],
+)
+def test_a_loss_may_not_grow_with_the_sequence(nano: Program, kl: float, late: float, accepted: bool) -> None:
+    gate = Measured(kl, late)
+    program, report = run_passes(nano, (Rounding(),), gate=gate)
+    (record,) = report.records
+    assert record.status == ("applied" if accepted else "rolled back") and gate.references == accepted
+    assert (program is nano) is not accepted
+    assert (record.kl, record.late_kl, record.top1) == pytest.approx((kl, late, 0.9), nan_ok=True)
+    if not accepted:
+        assert f"{late:.3g} in the last quarter of a sequence, 0.05 is allowed" in record.detail
+        with pytest.raises(ParityError, match="in the last quarter of a sequence"):
+            run_passes(nano, (RequiredCoarse(),), gate=gate)

@@ -123,3 +123,12 @@ def test_a_run_without_passes() -> None:
     assert "## " not in empty.to_markdown()
     assert Page(empty.to_html()).open == []
     assert json.loads(json.dumps(empty.to_json()))["records"] == []
+
+
+def test_a_loss_is_shown_with_its_drift_in_json() -> None:
+    record = PassRecord("quantize", "lossy", "applied", HITS, (), 9, 9, {}, 0.1, kl=0.0123, late_kl=0.02, top1=0.98)
+    report = Report(SPEC, {}, {}, (record,))
+    assert record.moved == "KL 1.2e-02" and report.lines()[1].split()[-2:] == ["KL", "1.2e-02"]
+    assert "| KL 1.2e-02 |" in report.to_markdown() and "KL 1.2e-02" in Page(report.to_html()).words
+    (found,) = json.loads(json.dumps(report.to_json()))["records"]
+    assert (found["kl"], found["late_kl"], found["top1"], found["rmse"]) == (0.0123, 0.02, 0.98, None)

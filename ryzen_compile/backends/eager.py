@@ -46,6 +46,7 @@ class EagerEngine:
         self.spec = program.spec
         self.slots = program.slots
         self.all_logits = program.outputs[0].meta["val"].shape[1] != 1
+        self.prompt_from = 2  # torch multiplies a lone row by a matrix in another way
         self._program = program
         self._constants = fold_constants(program)
 

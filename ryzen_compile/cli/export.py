@@ -30,6 +30,13 @@ def export(
     prefill: Annotated[
         str | None, typer.Option(help="'shared' or 'int8': a second form of the weights, for prompts.")
     ] = None,
+    kv: Annotated[
+        str | None, typer.Option(help="Keys and values as 'fp32', 'int8', 'int4' or 'auto': calibrated by itself.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="For endless streams: keep this many recent tokens, and the sinks.")
+    ] = None,
+    sinks: Annotated[int | None, typer.Option(help="First tokens that a stream keeps; default: 4.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate after each pass.")] = False,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
@@ -50,6 +57,9 @@ def export(
         context=context,
         logits=logits,
         prefill=prefill,
+        kv=kv,
+        window=window,
+        sinks=sinks,
         target_bits=target_bits,
         overrides=parse_overrides(override) if override else None,
     )
@@ -73,3 +83,15 @@ def export(
     console = output.stdout()
     console.print(report.to_text(misses=False), markup=False)
     console.print(f"wrote {out} ({human_size(size)})", markup=False)
+    console.print(f"cache: {_cache_line(out)}", markup=False)
+
+
+def _cache_line(out: Path) -> str:
+    """What a token of a sequence costs in the artifact's cache, and what a sequence costs at the least."""
+    from ryzen_compile.manifest import read_manifest
+    from ryzen_compile.runtime.layout import fixed_bytes, token_bytes
+    from ryzen_compile.spec import CacheSlot
+
+    slots = [CacheSlot(**slot) for slot in read_manifest(out)["slots"]]
+    line = f"{token_bytes(slots)} bytes per token"
+    return f"{line}, and {fixed_bytes(slots)} per sequence for windows" if fixed_bytes(slots) else line

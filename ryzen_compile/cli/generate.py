@@ -22,6 +22,14 @@ def generate(
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop after this text; may be repeated.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Generate without end: keep this many recent tokens, and the sinks.")
+    ] = None,
+    sinks: Annotated[int | None, typer.Option(help="First tokens that a window keeps; default: 4.")] = None,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(help="A prompt's cache to begin from: what it shares with PROMPT is not read again.")
+    ] = None,
+    save_prompt_cache: Annotated[Path | None, typer.Option(help="Write PROMPT's cache to this file first.")] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads of ONNX Runtime.")] = None,
     no_digests: Annotated[bool, typer.Option("--no-digests", help="Do not hash the weights before use.")] = False,
     as_json: output.JsonFlag = False,
@@ -41,6 +49,8 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop_strings": stop or None,
         "seed": seed,
+        "window": window,
+        "sinks": sinks,
     }
     if temperature:
         sampling |= {"do_sample": True, "temperature": temperature}
@@ -51,7 +61,12 @@ def generate(
         ids = np.array([tokenizer.encode(text)], dtype=np.int64)
         stats = GenerationStats()
         printer = None if as_json else _Printer(tokenizer)
-        given = {name: value for name, value in sampling.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+        if prompt_cache is not None:
+            given["prompt_cache"] = model.load_prompt_cache(prompt_cache)
+        if save_prompt_cache is not None:
+            given["prompt_cache"] = model.read_prompt(ids)
+            model.save_prompt_cache(save_prompt_cache, given["prompt_cache"])
         result = model.generate(ids, max_new_tokens=max_new_tokens, streamer=printer, stats=stats, **given)
         new = result[0, stats.prompt_tokens :].tolist()  # an empty prompt has become BOS
         rate = stats.decode_tokens / stats.decode_seconds if stats.decode_tokens else None
@@ -59,6 +74,7 @@ def generate(
             output.print_json(
                 {
                     "prompt_tokens": stats.prompt_tokens,
+                    "reused_tokens": stats.reused_tokens,
                     "new_tokens": len(new),
                     "text": tokenizer.decode(new, skip_special_tokens=True),
                     "ids": new,

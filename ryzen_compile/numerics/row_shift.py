@@ -19,7 +19,8 @@ class RowShift:
 
     ``dim`` channels a head. ``frequencies`` (R,) float64, radians per position, for channel pairs (j, j + R), or
     (2j, 2j + 1) where ``interleaved``; R = 0 for keys that know no positions. ``scale`` (1, K, 1, dim) where the format
-    has fixed scales. ``turned`` keys are multiplied by a Hadamard matrix after their rotation.
+    has fixed scales. After their rotation keys lost ``mean`` (1, K, 1, dim), and ``turned`` ones were then multiplied
+    by a Hadamard matrix.
     """
 
     form: RowFormat
@@ -28,6 +29,7 @@ class RowShift:
     interleaved: bool = False
     scale: np.ndarray | None = None
     turned: bool = False
+    mean: np.ndarray | None = None
 
     def shift(self, rows: np.ndarray, by: int) -> np.ndarray:
         """Stored rows (B, K, n, W) as if each key stood ``by`` positions later (earlier where negative).
@@ -41,12 +43,16 @@ class RowShift:
         spread = hadamard(self.dim).astype(np.float32) if self.turned else None
         if spread is not None:
             keys = keys @ spread
+        if self.mean is not None:
+            keys = keys + self.mean
         first, second = self._pairs(count)
         angles = self.frequencies * by
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         moved = keys.copy()
         moved[..., first] = keys[..., first] * cos - keys[..., second] * sin
         moved[..., second] = keys[..., second] * cos + keys[..., first] * sin
+        if self.mean is not None:
+            moved -= self.mean
         return encode(moved if spread is None else moved @ spread, self.form, self.scale)
 
     def _pairs(self, count: int) -> tuple[slice, slice]:

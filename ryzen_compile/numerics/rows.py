@@ -19,7 +19,7 @@ import numpy as np
 from ryzen_compile.errors import ConfigError
 
 SCALE_BYTES = 2  # of a float16
-CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # shares of a group's largest magnitude that 4-bit codes may reach to
+REACHES = (1.1, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's largest magnitude, what code -8 stands for
 LARGEST_SCALE = float(np.finfo(np.float16).max)
 SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
 
@@ -71,12 +71,18 @@ class RowFormat:
             raise ConfigError(f"cache format {self} does not divide a head of {dim} channels")
         return dim * self.bits // 8 + (dim // self.group * SCALE_BYTES if self.group else 0)
 
+    def channels(self, width: int) -> int:
+        """The inverse of ``width``."""
+        bits = self.bits if self.bits < 32 else 8
+        return width * 8 * self.group // (bits * self.group + 8 * SCALE_BYTES) if self.group else width * 8 // bits
+
 
 def encode(x: np.ndarray, form: RowFormat, scale: np.ndarray | None = None) -> np.ndarray:
     """Rows ``(..., D)`` of floats as they are stored, ``(..., form.width(D))``.
 
     ``scale``, broadcastable to ``x``, is what fixed scales are; codes round half to even and are clamped. A row that
-    carries its scales chooses them itself: at 4 bits, of ``CLIPPED`` the one with the least squared error.
+    carries its scales chooses them itself: at 4 bits, of ``REACHES`` the one with the least squared error, with the
+    sign that gives the value of largest magnitude the code that the other side lacks.
     """
     if form.bits == 32:
         return x.astype(np.float32)
@@ -126,21 +132,24 @@ def _group_scales(groups: np.ndarray, form: RowFormat) -> np.ndarray:
     """``groups`` (..., G) -> their scales (..., 1), exact in float16."""
     reach = LARGEST_SCALE * form.limit
     groups = np.clip(groups, -reach, reach)  # no scale reaches further, and squares of such values would overflow
-    largest = np.abs(groups).max(axis=-1, keepdims=True) / form.limit
-    best = _half(largest)
-    if form.bits == 4:
-        least = _squared_error(groups, best, form)
-        for share in CLIPPED[1:]:
-            scale = _half(largest * share)
-            error = _squared_error(groups, scale, form)
-            best = np.where(error < least, scale, best)
-            least = np.minimum(error, least)
+    highest, lowest = groups.max(axis=-1, keepdims=True), groups.min(axis=-1, keepdims=True)
+    if form.bits == 8:
+        return _half(np.maximum(highest, -lowest) / form.limit)
+    outermost = np.where(highest > -lowest, highest, lowest) / (-form.limit - 1)
+    best = _half(outermost)
+    least = _squared_error(groups, best, form)
+    for share in REACHES:
+        scale = _half(outermost * share)
+        error = _squared_error(groups, scale, form)
+        best = np.where(error < least, scale, best)
+        least = np.minimum(error, least)
     return best
 
 
 def _half(scale: np.ndarray) -> np.ndarray:
     """As float16 holds it, never zero and never infinite."""
-    return np.clip(scale, SMALLEST_SCALE, LARGEST_SCALE).astype(np.float16).astype(np.float32)
+    size = np.clip(np.abs(scale), SMALLEST_SCALE, LARGEST_SCALE)
+    return np.copysign(size, scale).astype(np.float16).astype(np.float32)
 
 
 def _squared_error(groups: np.ndarray, scale: np.ndarray, form: RowFormat) -> np.ndarray:

@@ -88,23 +88,26 @@ def cached_attention(
     v_format: str = FLOAT,
     turned: bool = False,
     rolling: bool = False,
+    k_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotates the new queries and keys, appends keys and values to the cache, and attends causally over it.
 
-    ``q`` (B, T, H D), ``k`` (B, T, K D), ``v`` (B, T, K D'); or ``q`` (B, T, (H + 2 K) D) packing all three, with
-    ``k`` and ``v`` none. ``k_cache`` (B, K, S, W) and ``v_cache`` (B, K, S, W') hold rows as ``k_format`` and
+    ``q`` (B, T, H D), ``k`` (B, T, K D), ``v`` (B, T, K D'); or ``q`` (B, T, H D + K (D + D')) packing all three,
+    with ``k`` and ``v`` none. ``k_cache`` (B, K, S, W) and ``v_cache`` (B, K, S, W') hold rows as ``k_format`` and
     ``v_format`` (``numerics.rows``) store them, with ``k_scale`` (1, K, 1, D) and ``v_scale`` (1, K, 1, D') where
     scales are fixed. What is attended to is what is stored, the new tokens included. ``lengths`` (B,) counts each row's
     tokens *including* the T new ones, which therefore take positions ``lengths - T .. lengths - 1``. ``cos`` and
-    ``sin`` (N, R), or none for no rotation. ``turned`` multiplies rotated queries and keys by ``hadamard(D)``, which
-    leaves their products alone and spreads outliers before rounding. A ``rolling`` cache keeps ``spec.resident_rows``
+    ``sin`` (N, R), or none for no rotation. Before they are stored, rotated keys lose ``k_mean`` (1, K, 1, D): a
+    constant changes all scores of a query by the same, which softmax does not see unless there are sinks or a soft cap.
+    ``turned`` then multiplies queries and keys by ``hadamard(D)``, which leaves their products alone and spreads
+    outliers before rounding. A ``rolling`` cache keeps ``spec.resident_rows``
     rows of a sequence. Returns the output (B, T, H D') and both caches with the new rows in place.
     """
     b, t = q.shape[:2]
     kv_heads = k_cache.shape[1]
     if k is None or v is None:
-        d = q.shape[2] // (heads + 2 * kv_heads)
-        q, k, v = q.split((heads * d, kv_heads * d, kv_heads * d), dim=-1)
+        d, value_dim = _channels(k_cache, k_format), _channels(v_cache, v_format)
+        q, k, v = q.split((heads * d, kv_heads * d, kv_heads * value_dim), dim=-1)
     queries = q.reshape(b, t, heads, -1).transpose(1, 2)
     keys = k.reshape(b, t, kv_heads, -1).transpose(1, 2)
     values = v.reshape(b, t, kv_heads, -1).transpose(1, 2)
@@ -112,6 +115,8 @@ def cached_attention(
     if cos is not None and sin is not None:
         turn_cos, turn_sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
         queries, keys = (rotate(x, turn_cos, turn_sin, interleaved) for x in (queries, keys))
+    if k_mean is not None:
+        keys = keys - k_mean
     if turned:
         spread = torch.from_numpy(rows.hadamard(keys.shape[-1])).to(keys)
         queries, keys = queries @ spread, keys @ spread
@@ -159,6 +164,11 @@ def _roll(caches: Caches, new: Caches, positions: Tensor, window: int) -> tuple[
     return (held[0], held[1]), at, (kept[0], kept[1])
 
 
+def _channels(cache: Tensor, form: str) -> int:
+    """Of the rows that a cache holds."""
+    return rows.RowFormat.parse(form).channels(cache.shape[3])
+
+
 def _stored(x: Tensor, form: str, scale: Tensor | None) -> Tensor:
     """Rows (B, K, T, D) as the cache holds them; floats stay as they are, in whatever precision they come."""
     if form == FLOAT:
@@ -199,8 +209,7 @@ def _(
     v_format: str = FLOAT,
     turned: bool = False,
     rolling: bool = False,
+    k_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kv_heads = k_cache.shape[1]
-    value_dim = q.shape[2] // (heads + 2 * kv_heads) if v is None else v.shape[2] // kv_heads
-    out = q.new_empty((*q.shape[:2], heads * value_dim))
+    out = q.new_empty((*q.shape[:2], heads * _channels(v_cache, v_format)))
     return out, k_cache.new_empty(k_cache.shape), v_cache.new_empty(v_cache.shape)

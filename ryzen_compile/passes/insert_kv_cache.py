@@ -28,7 +28,7 @@ from ryzen_compile.ops.attention import FLOAT
 from ryzen_compile.passes.base import NoMatch, Pass, PassResult, Site
 from ryzen_compile.probe import Probe
 from ryzen_compile.program import Program, is_call, module_path, shape
-from ryzen_compile.spec import CacheSlot
+from ryzen_compile.spec import CacheSlot, cache_rows
 
 aten = torch.ops.aten
 attention = torch.ops.ryzen.attention
@@ -77,13 +77,17 @@ class InsertKVCache(Pass):
         lengths = edit.call(aten.sum.dim_IntList, mask, [1], before=_first_call(edit.graph))
         slots, hits = [], []
         for i, m in enumerate(matches):
-            window = int(m.node.args[5])
-            rolls = self._bounded and 0 < 2 * window <= program.spec.context
-            slots.append(_slot(i, m, window if rolls else 0))
+            slots.append(_slot(i, m, self._window(m.node, program)))
             hits.append(Site(m.node.name, module_path(m.node)))
-            _rewrite(edit, m, slots[-1], lengths, batch, edit.new_dim(17 + window) if rolls else capacity)
+            rows = edit.new_dim(slots[-1].rows) if slots[-1].window else capacity
+            _rewrite(edit, m, slots[-1], lengths, batch, rows)
         edit.set_cache(tuple(slots), int(shape(matches[0].q)[1]))
         return PassResult(edit.finish(), tuple(hits))
+
+    def _window(self, node: fx.Node, program: Program) -> int:
+        """Of a layer whose cache is to be bounded; 0 where that would save little."""
+        window, context = int(node.args[5]), program.spec.context
+        return window if self._bounded and 2 * window <= context and cache_rows(window) < context else 0
 
 
 def _mixers(edit: Edit) -> list[fx.Node]:
@@ -135,7 +139,7 @@ def _rewrite(edit: Edit, m: Match, slot: CacheSlot, lengths: fx.Node, batch: int
     q, k, v = (packed, None, None) if packed is not None else (_flat(edit, x, m.node) for x in (m.q, m.k, m.v))
     results = edit.call(
         ops.cached_attention, q, k, v, *caches, lengths, m.cos, m.sin, sinks, heads, scale, window, softcap,
-        m.interleaved, None, None, FLOAT, FLOAT, False, slot.window > 0, before=m.node,
+        m.interleaved, None, None, FLOAT, FLOAT, False, slot.window > 0, None, before=m.node,
     )  # fmt: skip
     out, keys, values = (edit.item(results, i, before=m.node) for i in range(3))
     edit.add_output(keys)

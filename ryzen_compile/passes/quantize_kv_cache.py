@@ -4,8 +4,9 @@
 
 After insert_kv_cache, which is held to be exact before anything is rounded. Fixed scales, one per channel, are chosen
 from the keys and values that calibration text leaves in the unrounded cache, all layers in one run; without text, from
-random tokens. Rows that carry their own scales need no text. ``auto`` gives a layer 4 bits where that costs little:
-each is tried alone, and those that cost least are taken while the sum stays within half of the budget.
+random tokens. Rows that carry their own scales need no text; at 4 bits their keys lose their mean, where nothing else
+in the attention would notice, and are turned by a Hadamard matrix. ``auto`` gives a layer 4 bits where that costs
+little: each is tried alone, and those that cost least are taken while the sum stays within half of the budget.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Plan:
     value: RowFormat
     key_scale: Tensor | None
     value_scale: Tensor | None
-    turned: bool
+    turned: bool = False
+    key_mean: Tensor | None = None
 
 
 class QuantizeKVCache(Pass):
@@ -66,6 +68,8 @@ class QuantizeKVCache(Pass):
     @torch.no_grad()
     def run(self, program: Program) -> PassResult:
         nodes = _attentions(program)
+        if not nodes:
+            return PassResult(program)
         if any(str(slot.key_format) != "fp32" for slot in program.slots):
             raise UnsupportedError("the cache is quantized already", hint="run this pass once")
         text, origin = self._text(program)
@@ -131,13 +135,11 @@ def _rewrite(edit: Edit, node: fx.Node, slot: CacheSlot, plan: Plan) -> None:
     for cache, (_, form, dim) in zip(before[3:5], sides, strict=True):
         size = (*shape(cache)[:3], form.width(dim))
         edit.retype_input(cache, edit.fake_empty(size, torch.from_numpy(np.empty(0, form.dtype)).dtype))
-    fixed = [
-        None if scale_ is None else edit.add_constant(f"{side}_scale_{slot.layer}", scale_)
-        for scale_, (side, _, _) in zip((plan.key_scale, plan.value_scale), sides, strict=True)
-    ]
+    named = (("key_scale", plan.key_scale), ("value_scale", plan.value_scale), ("key_mean", plan.key_mean))
+    *scales, mean = (None if x is None else edit.add_constant(f"{name}_{slot.layer}", x) for name, x in named)
     results = edit.call(
-        ops.cached_attention, *before, heads, scale, window, softcap, interleaved, *fixed, str(plan.key),
-        str(plan.value), plan.turned, slot.window > 0, before=node,
+        ops.cached_attention, *before, heads, scale, window, softcap, interleaved, *scales, str(plan.key),
+        str(plan.value), plan.turned, slot.window > 0, mean, before=node,
     )  # fmt: skip
     for item in list(node.users):
         edit.replace(item, edit.item(results, int(item.args[1]), before=node))
@@ -148,18 +150,25 @@ def _measured(program: Program, nodes: Sequence[fx.Node], text: Tensor, key: Row
     for slot in program.slots:
         for form, dim in ((key, slot.head_dim), (value, slot.value_dim)):
             form.width(dim)  # refuses what does not divide, before any work
-    # Measured: where every channel has a scale of its own there is nothing left to spread.
-    turned = key.bits == 4 and key.group > 0 and all(_is_power_of_two(slot.head_dim) for slot in program.slots)
+    # Measured: where every channel has a scale of its own there is nothing left to spread or to centre.
+    centred = key.bits == 4 and key.group > 0
+    turned = centred and all(_is_power_of_two(slot.head_dim) for slot in program.slots)
     plans = {node: Plan(key, value, None, None, turned) for node in nodes}
 
     def measure(node: fx.Node, result: Any) -> None:
         if node in plans:
             keys, values = (rows[:, :, : text.shape[1]] for rows in result[1:])
-            plans[node] = Plan(key, value, _scale(keys, key), _scale(values, value), turned)
+            mean = keys.mean((0, 2), keepdim=True) if centred and _ignores_constants(node) else None
+            plans[node] = Plan(key, value, _scale(keys, key), _scale(values, value), turned, mean)
 
-    if not (key.group and value.group):
+    if centred or not (key.group and value.group):
         interpret(program, cached_feeds(program, text), [nodes[-1]], watch=measure)
     return [plans[node] for node in nodes]
+
+
+def _ignores_constants(node: fx.Node) -> bool:
+    """Whether adding a constant to all scores of a query changes nothing: no sinks, no soft cap."""
+    return node.args[8] is None and not node.args[12]
 
 
 def _scale(rows: Tensor, form: RowFormat) -> Tensor | None:
@@ -176,5 +185,6 @@ def _logits(program: Program, text: Tensor) -> Tensor:
 
 
 def _how(plan: Plan, origin: str) -> str:
-    turned = ", keys turned" if plan.turned else ""
-    return turned if plan.key.group and plan.value.group else f"{turned}, {origin}"
+    done = [", keys centred"] * (plan.key_mean is not None) + [", keys turned"] * plan.turned
+    measured = plan.key_mean is not None or not (plan.key.group and plan.value.group)
+    return "".join(done) + (f", {origin}" if measured else "")

@@ -20,6 +20,7 @@ import numpy as np
 from ryzen_compile.errors import PromptError, UnsupportedError, UsageError
 from ryzen_compile.numerics.row_shift import RowShift
 from ryzen_compile.runtime.arguments import Settings, as_input, config_values, read_prompt
+from ryzen_compile.runtime.breakdown import MemoryBreakdown
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import Engine
 from ryzen_compile.runtime.generate import generate, read
@@ -69,7 +70,7 @@ class CompiledModel:
         self._saver = saver
         self._motion = motion
         self._identity = identity
-        self._stream = None if stream is None else self._streamed(*stream)
+        self.stream = None if stream is None else self._streamed(*stream)
         self.pool = CachePool(engine.slots, limit=engine.spec.context, budget_bytes=cache_budget_bytes)
         self.prefixes = PrefixStore(engine.slots, budget_bytes=prefix_bytes) if prefix_bytes else None
         if self.prefixes is not None:
@@ -114,7 +115,7 @@ class CompiledModel:
         ``input_ids`` None is an empty prompt, which becomes BOS. ``window`` makes the sequence endless: what is kept of
         it are its first ``sinks`` tokens (default 4) and at least the ``window`` most recent ones.
         """
-        stream, window, sinks = self._stream, arguments.pop("window", None), arguments.pop("sinks", None)
+        stream, window, sinks = self.stream, arguments.pop("window", None), arguments.pop("sinks", None)
         if window is not None:
             stream = self._streamed(window, DEFAULT_SINKS if sinks is None else sinks)
         elif sinks is not None:
@@ -125,6 +126,15 @@ class CompiledModel:
         prompt = np.zeros((1, 0), dtype=np.int64) if input_ids is None else input_ids
         with self._entered("generate"):
             return generate(self.engine, prompt, attention_mask, generation_config={**own, **given}, **arguments)
+
+    def memory_breakdown(self, *, batch: int = 1, tokens: int = 0) -> MemoryBreakdown:
+        """What a cache of ``batch`` rows of ``tokens`` tokens takes, by layer and kind, and what a token costs.
+
+        Nothing is kept; rows that are not written take no memory while it is counted.
+        """
+        cache = KVCache(self.engine.slots, batch, tokens, limit=self.engine.spec.context)
+        cache.lengths[:] = tokens
+        return cache.memory_breakdown()
 
     def read_prompt(self, input_ids: Any) -> PromptCache:
         """The rows of one prompt ``(T,)`` or ``(1, T)``, for ``generate(..., prompt_cache=)`` and
@@ -147,9 +157,15 @@ class CompiledModel:
         save_prompt_cache(path, prompt.row, prompt.tokens, self._artifact("save_prompt_cache"))
 
     def load_prompt_cache(self, path: str | os.PathLike[str]) -> PromptCache:
-        """What ``save_prompt_cache`` wrote; another artifact's file is refused."""
+        """What ``save_prompt_cache`` wrote; another artifact's file is refused. It counts while it is kept."""
         spec, identity = self.engine.spec, self._artifact("load_prompt_cache")
-        return load_prompt_cache(path, self.engine.slots, identity, vocab=spec.vocab, limit=spec.context)
+        with self._entered("load_prompt_cache"):
+            left = self.pool.available
+            prompt = load_prompt_cache(
+                path, self.engine.slots, identity, vocab=spec.vocab, limit=spec.context, budget_bytes=left
+            )
+            self.pool.ask(prompt.row, 0)
+            return prompt
 
     def save_pretrained(self, directory: str | os.PathLike[str], force: bool = False) -> None:
         """Write the artifact to ``directory``; ``force`` replaces an artifact that is there.

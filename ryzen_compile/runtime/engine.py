@@ -21,13 +21,15 @@ class Engine(Protocol):
     """A compiled model that can be advanced by some tokens.
 
     ``slots`` lays out the cache that ``step`` reads and writes. ``all_logits`` says whether ``step`` returns the logits
-    of every new token, ``(B, T, V)``, or of the last one only, ``(B, 1, V)``.
+    of every new token, ``(B, T, V)``, or of the last one only, ``(B, 1, V)``. Steps of ``prompt_from`` tokens and more
+    compute a token's row alike, whatever else is in the step; smaller ones may round otherwise.
     """
 
     name: str
     spec: ModelSpec
     slots: tuple[CacheSlot, ...]
     all_logits: bool
+    prompt_from: int
 
     def step(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
         """Logits, float32, after ``tokens`` ``(B, T)`` int64 were appended to ``cache``.

@@ -112,6 +112,8 @@ def generate(
         return as_input(input_ids, prompt.ids)
     context = engine.spec.context
     if stream is not None:
+        if prompt_cache is not None:
+            raise PromptError("prompt_cache cannot be used with a window, whose cache does not keep whole prompts")
         stream.check(engine.slots, context)
         chunk = min(chunk, stream.slack)
     limit, minimum = settings.lengths(prompt, context if stream is None else ENDLESS)
@@ -129,8 +131,8 @@ def generate(
     if pool is None or cache_budget_bytes is not None:
         pool = CachePool(engine.slots, limit=context, budget_bytes=cache_budget_bytes)
     show = None if streamer is None else _shower(streamer, input_ids)
-    sources = () if stream is not None else tuple(s for s in (prompt_cache, prefixes) if s is not None)
-    reuse = Reuse(sources, None if stream is not None else prefixes)
+    known = prefixes if stream is None else None
+    reuse = Reuse([source for source in (known, prompt_cache) if source is not None], known)
     run = _Run(engine, prompt, settings, limit, chooser, tracker, show, stats or GenerationStats(), reuse, stream)
     longest = prompt.longest + limit - 1  # the last token chosen is never stepped
     room = prompt.longest + min(limit - 1, INITIAL_ROOM) if stream is None else stream.capacity
@@ -171,12 +173,17 @@ def read(
     """Steps a prompt, ``chunk`` tokens at a time, into a row that holds its first ``known`` tokens and has room for the
     rest; returns the logits ``(V,)`` that follow it."""
     tokens = np.array([prompt], dtype=np.int64)
-    for begin in range(known, len(prompt), chunk):
-        part = np.ascontiguousarray(tokens[:, begin : begin + chunk])
+    while known < len(prompt):
+        size = min(chunk, len(prompt) - known)
+        left = len(prompt) - known - size
+        if 0 < left < engine.prompt_from < size:
+            size -= engine.prompt_from - left  # so that the last step is no smaller one
+        part = np.ascontiguousarray(tokens[:, known : known + size])
         if stream is not None:
-            stream.make_room(row, part.shape[1])
+            stream.make_room(row, size)
         logits = engine.step(part, row)[0, -1]
-        row.advance(part.shape[1])
+        row.advance(size)
+        known += size
     return logits.copy()  # as the engine may reuse its output
 
 
@@ -230,7 +237,8 @@ class _Run:
     def _read(self, row: KVCache, prompt: list[int], chunk: int) -> np.ndarray:
         """Fill an empty row with its prompt; returns the logits ``(V,)`` that follow it."""
         tokens = np.array(prompt, dtype=np.int64)
-        known = self.reuse.fill(row, tokens)
+        # What is left has to be computed as it would be within the whole prompt.
+        known = self.reuse.fill(row, tokens[: max(1, len(tokens) - self.engine.prompt_from + 1)])
         self.stats.reused_tokens += known
         logits = read(self.engine, row, prompt, known=known, chunk=chunk, stream=self.stream)
         self.reuse.learn(row, tokens)

@@ -47,6 +47,14 @@ class PromptCache:
                 f"{ids.shape}"
             )
 
+    def match(self, tokens: Sequence[int] | np.ndarray) -> int:
+        """How many of ``tokens`` ``(T,)`` ``fill`` would supply."""
+        ids, held = as_ids(tokens), len(self.tokens)
+        most = max(min(len(ids) - 1, held), 0)
+        differs = np.flatnonzero(ids[:most] != self.tokens[:most])
+        common = int(differs[0]) if differs.size else most
+        return 0 if any(droppable(slot, held) < held - common for slot in self.row.slots) else common
+
     def fill(self, row: KVCache, tokens: Sequence[int] | np.ndarray) -> int:
         """Copies what is held of the beginning of ``tokens`` ``(T,)`` into ``row``, an empty cache of batch 1.
 
@@ -54,13 +62,7 @@ class PromptCache:
         a rolling slot has dropped rows that so short a sequence would still need. Raises as ``PrefixStore.fill``.
         """
         check_row(row, self.row.slots, empty=True)
-        ids = as_ids(tokens)
-        most = max(min(len(ids) - 1, len(self.tokens)), 0)
-        differs = np.flatnonzero(ids[:most] != self.tokens[:most])
-        common = int(differs[0]) if differs.size else most
-        held = len(self.tokens)
-        if any(droppable(slot, held) < held - common for slot in row.slots):
-            return 0
+        common = self.match(tokens)
         row.reserve(common)
         for (_, theirs), (_, ours) in zip(_heads(row, common), _heads(self.row, common), strict=True):
             theirs[:] = ours

@@ -1,4 +1,4 @@
-"""What is known of a prompt's beginning before it is read: asked for in order, and told what was read."""
+"""What is known of a prompt's beginning before it is read: whoever knows most of it supplies it, a store learns."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from ryzen_compile.runtime.prefix import PrefixStore
 class Source(Protocol):
     """Something that holds rows of prompts."""
 
+    def match(self, tokens: np.ndarray) -> int:
+        """How many of ``tokens`` ``(T,)`` ``fill`` would supply; changes nothing."""
+        ...
+
     def fill(self, row: KVCache, tokens: np.ndarray) -> int:
         """Copies what it holds of the beginning of ``tokens`` ``(T,)`` into an empty ``row``; returns how many, < T."""
         ...
 
 
 class Reuse:
-    """``sources`` in the order they are asked, until one has something; ``store`` learns."""
+    """``sources`` in the order of preference where they know as much; ``store`` learns."""
 
     def __init__(self, sources: Sequence[Source] = (), store: PrefixStore | None = None) -> None:
         self._sources = sources
@@ -28,10 +32,9 @@ class Reuse:
 
     def fill(self, row: KVCache, tokens: np.ndarray) -> int:
         """How many of ``tokens`` ``(T,)`` are in ``row`` afterwards, at most T - 1."""
-        for source in self._sources:
-            if filled := source.fill(row, tokens):
-                return filled
-        return 0
+        if not self._sources:
+            return 0
+        return max(self._sources, key=lambda source: source.match(tokens)).fill(row, tokens)
 
     def learn(self, row: KVCache, tokens: np.ndarray) -> None:
         """``row`` now holds all of ``tokens``."""

@@ -25,8 +25,8 @@ LEAST_SLACK = 16
 class Stream:
     """Keeps a sequence's first ``sinks`` tokens and at least its ``window`` most recent ones.
 
-    ``shifts`` says how each slot's keys are moved. ``slack`` rows are dropped at a time: a quarter of the window, so
-    that a key is moved, and an integer one rounded anew, four times before it goes.
+    ``shifts`` says how each slot's keys are moved. At most ``slack`` rows are dropped at a time: a quarter of the
+    window, so that where tokens come singly a key is moved, and an integer one rounded anew, four times before it goes.
     """
 
     window: int
@@ -40,7 +40,7 @@ class Stream:
 
     @property
     def capacity(self) -> int:
-        """Rows of the cache, for ever."""
+        """Rows that are used, for ever, however many more the cache has: what is kept may not depend on that."""
         return self.sinks + self.window + self.slack
 
     def check(self, slots: Sequence[CacheSlot], context: int) -> None:
@@ -49,10 +49,11 @@ class Stream:
         if self.window < 1 or self.sinks < 0:
             raise UsageError(f"a stream needs window >= 1 and sinks >= 0, got {self.window} and {self.sinks}")
         if self.capacity > context:
+            room = context - self.sinks
             raise UsageError(
                 f"window {self.window} with {self.sinks} sinks takes a cache of {self.capacity} tokens, the model's "
                 f"context is {context}",
-                hint=f"ask for a window of at most {max(0, (context - self.sinks) * 4 // 5)}",
+                hint=f"ask for a window of at most {max(0, min(room - LEAST_SLACK, (4 * room + 3) // 5))}",
             )
         if any(slot.window for slot in slots):
             raise UnsupportedError(
@@ -61,13 +62,11 @@ class Stream:
             )
 
     def make_room(self, cache: KVCache, tokens: int) -> None:
-        """Drops old rows until every row of ``cache`` has room for ``tokens`` more, at most ``slack``."""
+        """Cuts rows of ``cache`` down to sinks and window where ``tokens`` more, at most ``slack``, do not fit."""
         if tokens > self.slack:
             raise UsageError(f"{tokens} tokens in one step of a stream, it takes {self.slack}")
-        if int(cache.lengths.max()) + tokens <= cache.capacity:
-            return
-        for row in np.flatnonzero(cache.lengths + tokens > cache.capacity):
-            self._drop(cache, int(row), self.slack)
+        for row in np.flatnonzero(cache.lengths + tokens > self.capacity):
+            self._drop(cache, int(row), int(cache.lengths[row]) - self.sinks - self.window)
 
     def _drop(self, cache: KVCache, row: int, count: int) -> None:
         """Forgets ``count`` tokens behind the sinks of one row; what follows them moves forward."""

@@ -27,6 +27,7 @@ class HuggingFaceEager:
     """
 
     name = "huggingface"
+    prompt_from = 1
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()

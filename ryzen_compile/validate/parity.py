@@ -21,6 +21,7 @@ from ryzen_compile.errors import CaptureError
 from ryzen_compile.interpret import cached_feeds, empty_caches, first_tokens, interpret, text_feeds
 from ryzen_compile.numerics.divergence import mean_divergence
 from ryzen_compile.program import Program, is_call, module_path
+from ryzen_compile.spec import CacheSlot
 
 ALLOWANCE = 2.0  # times the captured graph's own float32 error
 FLOOR = 1e-5  # of the logits' scale: errors below it say nothing
@@ -123,9 +124,10 @@ def check_capture(model: nn.Module, program: Program) -> None:
 
 
 def _probe_ids(program: Program, seed: int) -> Tensor:
-    """(2, T) random ids; T reaches past twice every window, so that a window that is off by one shows."""
+    """(2, T) random ids; T reaches past every window, and past what a cache of it holds by another window, so that one
+    that is off by one shows, whole or after rows were dropped."""
     windows = [n.args[5] for n in program.graph.nodes if is_call(n, torch.ops.ryzen.attention)]
-    near = [2 * w + 1 for w in windows if 0 < w <= LONGEST_WINDOW]
+    near = [w + CacheSlot(0, 1, 1, 1, window=w).rows + 1 for w in windows if 0 < w <= LONGEST_WINDOW]
     tokens = min(max([TOKENS, *near]), program.spec.context)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(program.spec.vocab, (2, tokens), generator=generator)

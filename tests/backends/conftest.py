@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from torch.export import Dim
 from torch.nn import functional
 
 from ryzen_compile import ops
+from ryzen_compile.numerics.rows import RowFormat
 from ryzen_compile.program import Program
+from ryzen_compile.runtime.layout import row_layout
 from ryzen_compile.spec import CacheSlot, ModelSpec
 
 VOCAB = 61
@@ -21,7 +24,8 @@ VOCAB = 61
 
 @dataclass(frozen=True)
 class Heads:
-    """One attention: ``rotated`` is R, the table's columns (0: no rotation)."""
+    """One attention: ``rotated`` is R, the table's columns (0: no rotation); rows are stored as ``form``, and a
+    ``rolling`` one keeps little more than its window."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -33,10 +37,12 @@ class Heads:
     softcap: float = 0.0
     sinks: bool = False
     packed: bool = True
+    form: str = "fp32"
+    rolling: bool = False
 
-    @property
-    def slot(self) -> tuple[int, int, int]:
-        return self.kv_heads, self.head_dim, self.value_dim
+    def slot(self, layer: int) -> CacheSlot:
+        window = self.window if self.rolling else 0
+        return CacheSlot(layer, self.kv_heads, self.head_dim, self.value_dim, self.form, self.form, window)
 
 
 class Attention(nn.Module):
@@ -51,6 +57,8 @@ class Attention(nn.Module):
         angle = torch.arange(positions)[:, None] / 100 ** (torch.arange(spec.rotated) / max(spec.rotated, 1))
         self.register_buffer("cos", angle.cos() if spec.rotated else None)
         self.register_buffer("sin", angle.sin() if spec.rotated else None)
+        self.register_buffer("k_scale", _scale(spec, spec.head_dim))
+        self.register_buffer("v_scale", _scale(spec, spec.value_dim))
 
     def forward(self, x: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = self.spec
@@ -60,7 +68,15 @@ class Attention(nn.Module):
             q, k, v = (functional.linear(x, w) for w in (self.q, self.k, self.v))
         tables = (self.cos, self.sin, self.sinks)
         rest = (s.heads, 1 / math.sqrt(s.head_dim), s.window, s.softcap, s.interleaved)
-        return ops.cached_attention(q, k, v, k_cache, v_cache, lengths, *tables, *rest)
+        stored = (self.k_scale, self.v_scale, s.form, s.form, False, s.rolling)
+        return ops.cached_attention(q, k, v, k_cache, v_cache, lengths, *tables, *rest, *stored)
+
+
+def _scale(spec: Heads, dim: int) -> Tensor | None:
+    """Fixed scales (1, K, 1, dim), of a size that clamps some codes."""
+    if spec.form == "fp32":
+        return None
+    return 2.0 / RowFormat.parse(spec.form).limit * (0.5 + torch.rand(1, spec.kv_heads, 1, dim))
 
 
 class Layer(nn.Module):
@@ -130,17 +146,20 @@ class Attentions(nn.Module):
 
 def as_program(module: nn.Module, specs: Sequence[Heads], *, vocab: int = VOCAB) -> Program:
     """A decoder-like module with a cache, exported with every size dynamic."""
-    batch, tokens, total, capacity = Dim("batch"), Dim("tokens"), Dim("total"), Dim("capacity")
+    batch, tokens, total = Dim("batch"), Dim("tokens"), Dim("total")
     ids = torch.zeros(2, 3, dtype=torch.long)
-    past = {
-        str(i): {"key": torch.zeros(2, k, 9, d), "value": torch.zeros(2, k, 9, dv)}
-        for i, (k, d, dv) in enumerate(spec.slot for spec in specs)
-    }
+    slots = tuple(spec.slot(i) for i, spec in enumerate(specs))
+    # Layers that keep the same window share a size; all others share the capacity.
+    capacities = {slot.window: Dim(f"capacity_{slot.window}" if slot.window else "capacity") for slot in slots}
+    past = {str(slot.layer): dict(zip(("key", "value"), _empty(slot), strict=True)) for slot in slots}
     arguments = {"input_ids": ids, "attention_mask": torch.ones(2, 7, dtype=torch.long), "past_key_values": past}
     shapes = {
         "input_ids": {0: batch, 1: tokens},
         "attention_mask": {0: batch, 1: total},
-        "past_key_values": {i: {half: {0: batch, 2: capacity} for half in pair} for i, pair in past.items()},
+        "past_key_values": {
+            str(slot.layer): {half: {0: batch, 2: capacities[slot.window]} for half in ("key", "value")}
+            for slot in slots
+        },
     }
     if isinstance(module, Attentions):
         arguments["position_ids"], shapes["position_ids"] = ids.clone(), shapes["input_ids"]  # one tensor: one input
@@ -149,7 +168,17 @@ def as_program(module: nn.Module, specs: Sequence[Heads], *, vocab: int = VOCAB)
     spec = ModelSpec(
         len(specs), first.heads, first.kv_heads, first.head_dim, module.table.shape[1], vocab, 64, True, 0, "toy"
     )
-    return Program(keep_linear(exported), spec, tuple(CacheSlot(i, *s.slot) for i, s in enumerate(specs)))
+    return Program(keep_linear(exported), spec, slots)
+
+
+def _empty(slot: CacheSlot) -> tuple[Tensor, Tensor]:
+    """Keys and values to trace with: two rows and a capacity that no other size equals."""
+    (keys, width), (values, value_width) = row_layout(slot)
+    shape = (2, slot.kv_heads, 9 + slot.window)
+    return (
+        torch.from_numpy(np.zeros((*shape, width), keys.dtype)),
+        torch.from_numpy(np.zeros((*shape, value_width), values.dtype)),
+    )
 
 
 def keep_linear(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -26,6 +26,7 @@ from tests.zoo import CONTEXT, LAYERS
 FILES = {
     "model.onnx",
     "model.onnx.data",
+    "cache.safetensors",
     "genai_config.json",
     "config.json",
     "generation_config.json",
@@ -72,7 +73,7 @@ def test_every_file_is_there_and_listed(original: Path) -> None:
 def test_what_the_manifest_says(original: Path) -> None:
     manifest = read_manifest(original)
     report = read_json(original / "report.json")
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     assert manifest["made_by"].startswith("ryzen_compile ")
     assert manifest["source"]["name"] == "llama"
     assert manifest["source"]["class"] == "LlamaForCausalLM"
@@ -166,7 +167,8 @@ def test_an_unlisted_file_is_a_warning(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        (2, "has the newer schema 2: made by 'ryzen_compile .*', this is ryzen_compile .* with schema 1; .*upgrade"),
+        (3, "has the newer schema 3: made by 'ryzen_compile .*', this is ryzen_compile .* with schema 2; .*upgrade"),
+        (1, "has the older schema 1: made by 'ryzen_compile .*', this is .* with schema 2; re-export the model$"),
         (0, "has the older schema 0: .*re-export the model$"),
         (None, "states no schema_version"),
         ("1", "states no schema_version"),
@@ -234,6 +236,37 @@ def one_slot_more(directory: Path) -> None:
     relist(directory, slots=[*slots, slots[0]])
 
 
+def slots_changed(**changes: Any) -> Callable[[Path], None]:
+    """The manifest's slots say something else than the graph, each of them."""
+
+    def damage(directory: Path) -> None:
+        relist(directory, slots=[slot | changes for slot in read_json(directory / MANIFEST_NAME)["slots"]])
+
+    return damage
+
+
+def graph_changed(**changes: int) -> Callable[[Path], None]:
+    """The graph's attentions say something else than the manifest."""
+
+    def damage(directory: Path) -> None:
+        model = onnx.load(directory / "model.onnx", load_external_data=False)
+        for node in model.graph.node:
+            if node.op_type == "GroupQueryAttention":
+                node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in changes.items())
+        onnx.save(model, directory / "model.onnx")
+        relist(directory)
+
+    return damage
+
+
+def attention_of_nothing(directory: Path) -> None:
+    model = onnx.load(directory / "model.onnx", load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "GroupQueryAttention")
+    node.input[3] = node.input[0]
+    onnx.save(model, directory / "model.onnx")
+    relist(directory)
+
+
 def too_long_data(directory: Path) -> None:
     model = onnx.load(directory / "model.onnx", load_external_data=False)
     entry = next(e for t in model.graph.initializer for e in t.external_data if e.key == "offset")
@@ -257,13 +290,36 @@ def too_long_data(directory: Path) -> None:
         (
             other_vocabulary,
             ArtifactError,
-            rf"logits should have \[{TOKENS - 1}\] by .*, the graph has .*{TOKENS}",
+            rf"logits should have \[{TOKENS - 1}\] of type 1 by .*, the graph has .*{TOKENS}\] of type 1",
         ),
         (
             other_heads,
             ArtifactError,
-            r"past_key_values\.0\.key should have \[3, 16\] by .*\[0, 2, 0, 16\]",
+            r"past_key_values\.0\.key should have \[3, 16\] of type 1 by .*\[0, 2, 0, 16\] of type 1",
         ),
+        (slots_changed(window=16), ArtifactError, "layer 0 keeps a window of 0 tokens in the graph, of 16 by the man"),
+        (slots_changed(key_format="int8"), ArtifactError, r"0\.key should have \[2, 16\] of type 3 by .* of type 1"),
+        (slots_changed(value_format="int4"), ArtifactError, r"0\.value should have \[2, 8\] of type 2 by .* of type 1"),
+        (
+            slots_changed(key_format="int8-g16"),
+            ArtifactError,
+            r"0\.key should have \[2, 18\] of type 2 by .* of type 1",
+        ),
+        (slots_changed(key_format="fp16"), ArtifactError, "does not describe the model: 'fp16' is no cache format"),
+        (slots_changed(value_format="int8-g" + "9" * 5000), ArtifactError, "does not describe the model"),
+        (slots_changed(key_format="int8-g12"), ArtifactError, "int8-g12 does not divide a head of 16 channels"),
+        (slots_changed(key_format=8), ArtifactError, "a slot's key_format is '8'"),
+        (slots_changed(kv_heads=2.0), ArtifactError, r"a slot's kv_heads is '2\.0'"),
+        (slots_changed(window=-16), ArtifactError, "a slot's window is '-16'"),
+        (slots_changed(window=False), ArtifactError, "a slot's window is 'False'"),
+        (slots_changed(sinks=3), ArtifactError, "does not describe the model: .*sinks"),
+        (
+            graph_changed(sliding_window_cache=1, local_window_size=20),
+            ArtifactError,
+            "layer 0 keeps a window of 20 tokens in the graph, of 0 by the manifest; export it again",
+        ),
+        (graph_changed(sliding_window_cache=1), ArtifactError, "layer 0 keeps a window of -1 tokens in the graph"),
+        (attention_of_nothing, ArtifactError, "attention '.*' reads no cache of the manifest"),
         (one_slot_less, ArtifactError, r"past_key_values\.1\.key is not in the manifest"),
         (one_slot_more, ArtifactError, r"past_key_values\.2\.key should have .*, the graph has none"),
     ],

@@ -41,6 +41,44 @@ def test_cached_attention_equals_attention_over_the_whole_sequence(attentions_pr
         np.testing.assert_allclose(step_all(engine, IDS[:1], chunks), want.detach().numpy(), **TOLERANCE)
 
 
+@pytest.mark.parametrize("window", [1, 4, 7])
+def test_a_rolling_cache_sees_what_a_whole_one_does(attentions_program, heads, window):
+    """Both read the same rows of the same window, also after rows were dropped; only the rolling one stays small."""
+    ids = np.random.default_rng(3).integers(0, 61, (2, 60))
+    options = {"window": window, "sinks": True, "softcap": 3.0}
+    engines = [EagerEngine(attentions_program(heads(**options, rolling=rolls))) for rolls in (False, True)]
+    assert [slot.rows for engine in engines for slot in engine.slots] == [0, window + 16]
+    for chunks in ((60,), (1,) * 60, (17, 1, 1, 30, 11)):
+        found = []
+        for engine in engines:
+            cache, outs, at = KVCache(engine.slots, 2, 60), [], 0
+            for new in chunks:
+                rows = [cache] if new == 1 or not at else [cache.row(0), cache.row(1)]  # as engines are called
+                parts = ids[None] if len(rows) == 1 else ids[:, None]
+                outs.append(
+                    np.concatenate(
+                        [engine.step(part[:, at : at + new], row) for row, part in zip(rows, parts, strict=True)]
+                    )
+                )
+                cache.advance(new)
+                at += new
+            assert cache.keys[0].shape[2] == (engine.slots[0].rows or 60)
+            found.append(np.concatenate(outs, axis=1))
+        np.testing.assert_allclose(found[1], found[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_stored_rows_are_read_as_they_were_rounded(attentions_program, heads, form):
+    """Near the unrounded model, but not it, and the same in any chunks."""
+    exact, rounded = (EagerEngine(attentions_program(heads(form=one))) for one in ("fp32", form))
+    assert rounded.slots[0].key_format == rounded.slots[0].value_format == form
+    want, whole = (step_all(engine, IDS[:1], (9,)) for engine in (exact, rounded))
+    apart = np.abs(whole - want).max()
+    assert 1e-3 < apart < 0.5 * np.abs(want).max(), "the scales clamp some of the codes"
+    for chunks in ((4, 1, 3, 1), (1,) * 9):
+        np.testing.assert_allclose(step_all(rounded, IDS[:1], chunks), whole, **TOLERANCE)
+
+
 def test_unequal_rows_decode_as_they_would_alone(decoder):
     engine = EagerEngine(decoder)
     cache = KVCache(engine.slots, 2, 11)

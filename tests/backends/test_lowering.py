@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from ryzen_compile.backends.onnxruntime.session import SessionOptions
 from ryzen_compile.backends.onnxruntime.weights_file import WeightsFiles
 from ryzen_compile.edit import Edit
 from ryzen_compile.errors import UnsupportedError, UsageError
+from ryzen_compile.numerics.rows import RowFormat, decode
 from ryzen_compile.program import Program
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.spec import ModelSpec
@@ -265,7 +267,7 @@ def test_attention_in_any_chunks_matches_the_reference(attentions, heads, chunks
 
 
 def play(engine, ids: np.ndarray, chunks: tuple[int, ...]) -> np.ndarray:
-    cache, outs, at = KVCache(engine.slots, 1, 13), [], 0
+    cache, outs, at = KVCache(engine.slots, 1, ids.shape[1] + 2), [], 0
     for new in chunks:
         outs.append(engine.step(ids[:, at : at + new], cache).copy())
         cache.advance(new)
@@ -280,6 +282,122 @@ def test_cache_heads_are_padded_where_the_operator_needs_it(attentions, heads):
     widths = [slot.head_dim for slot in engine.slots]
     assert widths == [padded_head_dim(max(s.head_dim, s.value_dim)) for s in variants(heads).values()]
     assert widths == [slot.value_dim for slot in engine.slots]
+
+
+def stored_variants(heads):
+    return {
+        "int8": heads(form="int8"),
+        "int4": heads(form="int4"),
+        "int4, no rotation, softcap": heads(rotated=0, softcap=5.0, form="int4"),
+        "int8, 12 padded, rotated before": heads(head_dim=12, value_dim=12, rotated=6, form="int8"),
+        "int4, 14 padded, interleaved": heads(head_dim=14, value_dim=14, rotated=7, interleaved=True, form="int4"),
+        "int8, narrow values, sinks": heads(value_dim=8, packed=False, sinks=True, form="int8"),
+        "int4, looking back": heads(window=5, form="int4"),
+        "rolling": heads(window=5, rolling=True),
+        "rolling, softcap": heads(window=16, packed=False, softcap=5.0, rolling=True),
+        "rolling, one row": heads(window=1, rolling=True),
+        "rolling int8": heads(window=5, form="int8", rolling=True),
+        "rolling int8, 24 padded": heads(head_dim=24, value_dim=24, window=5, form="int8", rolling=True),
+        "rolling int4, 16 padded": heads(window=5, form="int4", rolling=True),
+        "rolling int4, 20 padded": heads(
+            head_dim=20, value_dim=20, rotated=10, packed=False, window=7, form="int4", rolling=True
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def stored(attentions_program, heads, tmp_path_factory):
+    """All variants of storing in one Program: (Program, directory with its model, engine)."""
+    program = attentions_program(*stored_variants(heads).values())
+    directory = tmp_path_factory.mktemp("stored")
+    engine = OnnxRuntimeBackend().compile(program, directory=directory, options=SessionOptions(threads=1))
+    yield program, directory, engine
+    engine.close()
+
+
+# The windows are left behind after 17 to 32 tokens, and again after every 16 or 17 more.
+@pytest.mark.parametrize("chunks", [(60,), (1,) * 60, (5, 1, 30, 1, 23), (17, 17, 1, 25), (40, 3, 1, 1, 15)])
+def test_stored_rows_in_any_chunks_match_the_reference(stored, heads, chunks):
+    program, _, engine = stored
+    assert engine.slots == cache_slots(program.slots)
+    ids = np.random.default_rng(0).integers(0, 61, (1, 60))
+    whole = EagerEngine(program)
+    expected = whole.step(ids, KVCache(whole.slots, 1, 60))
+    got = play(engine, ids, chunks)
+    edges = np.cumsum([0, *(s.heads * s.value_dim for s in stored_variants(heads).values())])
+    for name, start, stop in zip(stored_variants(heads), edges, edges[1:], strict=False):
+        np.testing.assert_allclose(
+            got[..., start:stop], expected[..., start:stop], rtol=1e-5, atol=1e-5, err_msg=f"{name}, chunks {chunks}"
+        )
+
+
+def test_stored_rows_are_the_references_rows(stored):
+    """Codes are compared as numbers that may be one apart: a value between two codes may go either way."""
+    program, _, engine = stored
+    ids = np.random.default_rng(0).integers(0, 61, (1, 57))
+    caches = [KVCache(one.slots, 1, 60) for one in (engine, EagerEngine(program))]
+    for cache, one in zip(caches, (engine, EagerEngine(program)), strict=True):
+        one.step(ids, cache)
+    for index, slot in enumerate(program.slots):
+        held = slot.resident(57)
+        form = RowFormat.parse(slot.key_format)
+        for (ours, theirs), dim in (
+            ((c.keys[index] for c in caches), slot.head_dim),
+            ((c.values[index] for c in caches), slot.value_dim),
+        ):
+            one, other = (codes(rows[:, :, :held], form)[..., :dim] for rows in (ours, theirs))
+            np.testing.assert_allclose(one, other, atol=1e-5 if form.bits == 32 else 1)
+            assert form.bits == 32 or (one != other).mean() < 0.002
+
+
+def codes(rows: np.ndarray, form: RowFormat) -> np.ndarray:
+    """Stored rows as one number a channel."""
+    if form.bits == 32:
+        return rows
+    width = rows.shape[-1] * 8 // form.bits
+    return np.rint(decode(rows, form, width, np.float32(1)))
+
+
+def test_how_rows_are_stored_is_said_in_the_graph(stored, heads):
+    _, directory, _ = stored
+    graph = onnx.load(directory / "model.onnx", load_external_data=False).graph
+    types = {value.name: value.type.tensor_type for value in (*graph.input, *graph.output)}
+    nodes = {node.input[3].split(".")[1]: node for node in graph.node if node.op_type == "GroupQueryAttention"}
+    for index, (name, spec) in enumerate(stored_variants(heads).items()):
+        said = {a.name: onnx.helper.get_attribute_value(a) for a in nodes[str(index)].attribute}
+        wanted = {"fp32": {}, "int8": {"kv_cache_bit_width": 8}, "int4": {"kv_cache_bit_width": 4}}[spec.form]
+        if wanted:
+            wanted |= {"k_quant_type": b"PER_CHANNEL", "v_quant_type": b"PER_CHANNEL"}
+        wanted |= {"local_window_size": spec.window} if spec.window else {}
+        wanted |= {"sliding_window_cache": 1} if spec.rolling else {}
+        told = {"kv_cache_bit_width", "k_quant_type", "v_quant_type", "local_window_size", "sliding_window_cache"}
+        assert {key: value for key, value in said.items() if key in told} == wanted, name
+        multiple = {"fp32": 8, "int8": 16, "int4": 32}[spec.form] if spec.rolling else 8
+        width = -(-max(spec.head_dim, spec.value_dim) // multiple) * multiple // (2 if spec.form == "int4" else 1)
+        capacity = f"window_{spec.window}_capacity" if spec.rolling else "capacity"
+        element = {"fp32": np.float32, "int8": np.int8, "int4": np.uint8}[spec.form]
+        for half in ("past_key_values.{}.key", "past_key_values.{}.value", "present.{}.key", "present.{}.value"):
+            tensor = types[half.format(index)]
+            prefix = "present_" if half.startswith("present") else ""
+            dims = [d.dim_param or d.dim_value for d in tensor.shape.dim]
+            assert dims == ["batch", 2, prefix + capacity, width], name
+            assert onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) == element, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k_format": "int8", "v_format": "int4"}, "keep keys as int8 and values as int4"),
+        ({"k_format": "int8-g8", "v_format": "int8-g8"}, "keep keys as int8-g8 and values as int8-g8"),
+        ({"turned": True}, "keep keys as fp32 and values as fp32"),
+    ],
+)
+def test_what_the_operator_cannot_store_is_refused(changes, message):
+    given = {"heads": 2, "scale": 1.0, "window": 0, "softcap": 0.0, "interleaved": 0, "turned": 0, "rolling": 0}
+    given |= {"k_format": "fp32", "v_format": "fp32"} | changes
+    tensors = [None] * sum(name not in given for name in signature(RULES["cached_attention"]).parameters)
+    with pytest.raises(UnsupportedError, match=f"{message}; both as one of fp32, int8, int4, or backend='eager'"):
+        RULES["cached_attention"](*tensors, **given)
 
 
 class Chains(nn.Module):

@@ -93,6 +93,50 @@ def test_equal_rows_are_prefilled_together(engine, full_logits):
     close_to(engine.step(IDS[:, 6:7], cache), full_logits[:, 6:7])
 
 
+@pytest.fixture(scope="module")
+def mixed(decoder_program, heads):
+    """Two layers, one that keeps a window of 5 in 21 rows and one of integers: (eager engine, engine)."""
+    program = decoder_program(heads(window=5, rolling=True), heads(form="int8", packed=False))
+    opened = OnnxRuntimeBackend().compile(program, options=ONE)
+    yield EagerEngine(program), opened
+    opened.close()
+
+
+def test_buffers_of_every_kind_are_bound_in_place(mixed):
+    eager, engine = mixed
+    ids = np.random.default_rng(7).integers(0, 61, (2, 50))
+    ours, theirs = KVCache(engine.slots, 2, 50), KVCache(eager.slots, 2, 50)
+    before = [(b.ctypes.data, b.dtype, b.shape) for b in (*ours.keys, *ours.values)]
+    assert [(str(dtype), shape[2]) for _, dtype, shape in before] == [("float32", 21), ("int8", 50)] * 2
+    for index, length in enumerate((40, 3)):  # the one beyond its window from the beginning, the other not for long
+        for cache, one in ((ours, engine), (theirs, eager)):
+            row = cache.row(index)
+            one.step(ids[index : index + 1, :length], row)
+            row.advance(length)
+    for offset in range(8):
+        tokens = ids[np.arange(2), np.array([40, 3]) + offset][:, None]
+        close_to(engine.step(tokens, ours), eager.step(tokens, theirs))
+        ours.advance(1)
+        theirs.advance(1)
+    assert before == [(b.ctypes.data, b.dtype, b.shape) for b in (*ours.keys, *ours.values)]
+    for row in range(2):
+        held = engine.slots[0].resident(int(ours.lengths[row]))
+        close_to(ours.keys[0][row, :, :held], theirs.keys[0][row, :, :held])
+        np.testing.assert_array_equal(ours.values[1][row], theirs.values[1][row])
+
+
+def test_a_cache_whose_first_layer_never_grows_is_bound_anew_when_it_grows(mixed):
+    eager, engine = mixed
+    ids = np.random.default_rng(8).integers(0, 61, (1, 50))
+    want = eager.step(ids, KVCache(eager.slots, 1, 50))
+    cache = KVCache(engine.slots, 1, 10, chunk=10)
+    for at in range(50):
+        cache.reserve(at + 1)
+        close_to(engine.step(ids[:, at : at + 1], cache), want[:, at : at + 1])
+        cache.advance(1)
+    assert cache.capacity == 50
+
+
 def test_growing_truncating_selecting_and_forking_are_noticed(engine, full_logits):
     cache = KVCache(engine.slots, 1, 5, chunk=5)
     engine.step(IDS[:1, :5], cache)

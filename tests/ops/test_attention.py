@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,6 +13,9 @@ from torch.library import opcheck
 from torch.testing import assert_close
 
 from ryzen_compile import ops
+from ryzen_compile.errors import ConfigError
+from ryzen_compile.numerics.rows import RowFormat, decode, encode, hadamard
+from ryzen_compile.spec import resident_rows
 
 TOKENS, CAPACITY, GARBAGE = 9, 13, 1e4
 
@@ -129,6 +133,52 @@ def test_the_comparison_sees_wrong_groups() -> None:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """How rows are kept; fixed scales differ from head to head and from channel to channel."""
+
+    key: str = "fp32"
+    value: str = "fp32"
+    turned: bool = False
+    rolling: bool = False
+    centred: bool = False
+
+    def mean(self, layer: Layer) -> Tensor | None:
+        size = (1, layer.kv_heads, 1, layer.dim)
+        return 2 * torch.randn(size, generator=torch.Generator().manual_seed(2)) if self.centred else None
+
+    def scales(self, layer: Layer) -> tuple[Tensor | None, Tensor | None]:
+        generator = torch.Generator().manual_seed(1)
+        return tuple(
+            (0.5 + torch.rand(1, layer.kv_heads, 1, dim, generator=generator)) * 3 / form.limit
+            if form.bits < 32 and not form.group
+            else None
+            for form, dim in self.forms(layer)
+        )
+
+    def forms(self, layer: Layer) -> tuple[tuple[RowFormat, int], tuple[RowFormat, int]]:
+        return (RowFormat.parse(self.key), layer.dim), (RowFormat.parse(self.value), layer.value_dim)
+
+    def rows(self, layer: Layer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K, T, D) as it lies in the cache."""
+        if self.centred:
+            keys = keys - self.mean(layer)
+        if self.turned:
+            keys = keys.double() @ torch.from_numpy(hadamard(layer.dim))
+        return tuple(
+            torch.from_numpy(encode(x.float().numpy(), form, None if scale is None else scale.numpy()))
+            for x, (form, _), scale in zip((keys, values), self.forms(layer), self.scales(layer), strict=True)
+        )
+
+    def read(self, layer: Layer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of ``rows``, in float64, but for a mean: what it adds to all scores of a query is nothing."""
+        keys, values = (
+            torch.from_numpy(decode(x.numpy(), form, dim, None if scale is None else scale.numpy())).double()
+            for x, (form, dim), scale in zip((keys, values), self.forms(layer), self.scales(layer), strict=True)
+        )
+        return (keys @ torch.from_numpy(hadamard(layer.dim)) if self.turned else keys), values
+
+
+@dataclass(frozen=True)
 class Layer:
     """One attention with its inputs for a whole sequence, as the projections leave them."""
 
@@ -139,24 +189,24 @@ class Layer:
     rotated: int = 2  # 0: none
     interleaved: bool = False
     options: Options = Options()
+    storage: Storage = Storage()
 
-    def inputs(self, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, batch: int = 1, tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
         return (
-            torch.randn(batch, TOKENS, self.heads * self.dim),
-            torch.randn(batch, TOKENS, self.kv_heads * self.dim),
-            torch.randn(batch, TOKENS, self.kv_heads * self.value_dim),
+            torch.randn(batch, tokens, self.heads * self.dim),
+            torch.randn(batch, tokens, self.kv_heads * self.dim),
+            torch.randn(batch, tokens, self.kv_heads * self.value_dim),
         )
 
-    def angles(self) -> Tensor | None:
+    def angles(self, positions: int = CAPACITY) -> Tensor | None:
         """Without a rule, so that a shift of all positions is no rotation of its own."""
-        return torch.rand(CAPACITY, self.rotated) * 6 if self.rotated else None
+        return torch.rand(positions, self.rotated) * 6 if self.rotated else None
 
-    def caches(self, batch: int = 1) -> tuple[Tensor, Tensor]:
+    def caches(self, batch: int = 1, capacity: int = CAPACITY) -> tuple[Tensor, Tensor]:
         """Full of values that must not matter."""
-        return (
-            torch.full((batch, self.kv_heads, CAPACITY, self.dim), GARBAGE),
-            torch.full((batch, self.kv_heads, CAPACITY, self.value_dim), -GARBAGE),
-        )
+        size = (batch, self.kv_heads, capacity)
+        keys, values = torch.full((*size, self.dim), GARBAGE), torch.full((*size, self.value_dim), -GARBAGE)
+        return self.storage.rows(self, keys, values)
 
     def step(
         self,
@@ -169,12 +219,45 @@ class Layer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (torch.cat(inputs, dim=-1), None, None) if packed else inputs
         tables = (None, None) if angles is None else (angles.cos(), angles.sin())
-        o = self.options
+        o, s = self.options, self.storage
         rest = (self.heads, o.scale, o.window, o.softcap, self.interleaved)
-        return ops.cached_attention(q, k, v, *caches, torch.tensor(lengths), *tables, sinks, *rest)
+        kept = () if s == Storage() else (*s.scales(self), s.key, s.value, s.turned, s.rolling, s.mean(self))
+        return ops.cached_attention(q, k, v, *caches, torch.tensor(lengths), *tables, sinks, *rest, *kept)
+
+    def in_chunks(
+        self,
+        inputs: tuple[Tensor, ...],
+        chunks: tuple[int, ...],
+        capacity: int,
+        angles: Tensor | None,
+        sinks: Tensor | None = None,
+        packed: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The output of the whole sequence, and the caches it leaves."""
+        caches, outs, done = self.caches(inputs[0].shape[0], capacity), [], 0
+        for new in chunks:
+            piece = tuple(x[:, done : done + new] for x in inputs)
+            done += new
+            out, *caches = self.step(piece, caches, [done] * inputs[0].shape[0], angles, sinks, packed)
+            outs.append(out)
+        return torch.cat(outs, dim=1), tuple(caches)
 
     def whole(self, inputs: tuple[Tensor, ...], angles: Tensor | None, sinks: Tensor | None) -> Tensor:
         """By hand over the whole sequence: (B, T, H D')."""
+        rows = self.storage.read(self, *self.rows(inputs, angles))
+        return attend(self.apart(inputs, angles)[0], *rows, sinks, self.options).flatten(2)
+
+    def rows(self, inputs: tuple[Tensor, ...], angles: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All of the sequence's rows as they are stored."""
+        _, keys, values = self.apart(inputs, angles)
+        if angles is not None and self.storage.key != "fp32":  # codes follow from how float32 rounds
+            keys = self.apart(inputs, None)[1].float()
+            at = torch.arange(keys.shape[2]).expand(len(keys), -1)
+            keys = ops.rotary(keys, at, angles.cos(), angles.sin(), self.interleaved)
+        return self.storage.rows(self, keys, values)
+
+    def apart(self, inputs: tuple[Tensor, ...], angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, T, D) in float64, rotated."""
         batch, tokens = inputs[0].shape[:2]
         q, k, v = (
             x.view(batch, tokens, n, -1).transpose(1, 2).double()
@@ -182,7 +265,7 @@ class Layer:
         )
         if angles is not None:
             q, k = (self.turned(x, angles, late) for x, late in ((q, self.options.late), (k, 0)))
-        return attend(q, k, v, sinks, self.options).flatten(2)
+        return q, k, v
 
     def turned(self, x: Tensor, angles: Tensor, late: int) -> Tensor:
         x, r = x.clone(), self.rotated
@@ -216,13 +299,8 @@ def test_chunk_by_chunk_equals_the_whole_sequence(name: str, packed: bool) -> No
     sinks = torch.randn(layer.heads) if layer.options.sinks else None
     want = layer.whole(inputs, angles, sinks)
     for chunks in CHUNKS:
-        caches, outs, done = layer.caches(), [], 0
-        for new in chunks:
-            piece = tuple(x[:, done : done + new] for x in inputs)
-            done += new
-            out, *caches = layer.step(piece, caches, [done], angles, sinks, packed)
-            outs.append(out)
-        assert_close(torch.cat(outs, dim=1).double(), want, rtol=1e-4, atol=1e-5)
+        got, _ = layer.in_chunks(inputs, chunks, CAPACITY, angles, sinks, packed)
+        assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
@@ -285,6 +363,250 @@ def test_the_comparison_sees_rows_written_one_place_off() -> None:
         assert not close(layer.step(second, caches, lengths, angles, None)[0], want)
 
 
+# --- over a cache of integers -----------------------------------------------------------------------------------------
+
+WIDE = Layer(dim=16, value_dim=32, rotated=5, options=Options(window=5, softcap=3.0, sinks=True))
+STORED = {
+    "int8": Storage("int8", "int8"),
+    "int4": Storage("int4", "int4"),
+    "int8-g16": Storage("int8-g16", "int8-g16"),
+    "int4-g16": Storage("int4-g16", "int4-g16"),
+    "int4-g8, turned": Storage("int4-g8", "int4-g8", turned=True),
+    "fixed keys, float values": Storage("int8", "fp32"),
+    "float keys, values with scales": Storage("fp32", "int4-g32"),
+    "8 and 4 bits": Storage("int8", "int4"),
+    "grouped and fixed, turned": Storage("int4-g16", "int8", turned=True),
+    "turned floats": Storage(turned=True),
+    "int4-g16, centred and turned": Storage("int4-g16", "int4-g16", turned=True, centred=True),
+    "turned and centred": Storage("int4", "int4-g8", turned=True, centred=True),
+    "centred floats": Storage(centred=True),
+}
+
+
+def stored(name: str, **changes: object) -> Layer:
+    return replace(WIDE, storage=STORED[name], **changes)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
+@pytest.mark.parametrize("name", STORED)
+def test_what_is_attended_to_is_what_is_stored(name: str, packed: bool) -> None:
+    layer = stored(name)
+    inputs, angles, sinks = layer.inputs(batch=2), layer.angles(), torch.randn(layer.heads)
+    got, caches = layer.in_chunks(inputs, (TOKENS,), CAPACITY, angles, sinks, packed)
+    held = tuple(cache[:, :, :TOKENS] for cache in caches)
+    want = attend(layer.apart(inputs, angles)[0], *layer.storage.read(layer, *held), sinks, layer.options)
+    assert_close(got.double(), want.flatten(2), rtol=1e-4, atol=1e-4)
+    for cache, fresh, row in zip(caches, layer.caches(batch=2), layer.rows(inputs, angles), strict=True):
+        assert cache.dtype == fresh.dtype and cache.shape == fresh.shape and cache.is_contiguous()
+        assert torch.equal(cache[:, :, TOKENS:], fresh[:, :, TOKENS:])
+        assert_rows(cache[:, :, :TOKENS], row, layer.storage.turned)
+
+
+def assert_rows(rows: Tensor, want: Tensor, turned: bool) -> None:
+    """Integers exactly; a product may sum in another order, which can turn the last bit of a few scales and codes."""
+    if rows.dtype == torch.float32:
+        assert_close(rows, want, rtol=1e-4, atol=1e-5)
+    elif turned:
+        assert float((rows == want).float().mean()) > 0.98
+    else:
+        assert torch.equal(rows, want)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_rows_do_not_depend_on_how_tokens_were_split(name: str) -> None:
+    layer = stored(name)
+    inputs, angles, sinks = layer.inputs(), layer.angles(), torch.randn(layer.heads)
+    out, caches = layer.in_chunks(inputs, CHUNKS[0], CAPACITY, angles, sinks)
+    turned = layer.storage.turned
+    for chunks in CHUNKS[1:]:
+        again, others = layer.in_chunks(inputs, chunks, CAPACITY, angles, sinks)
+        assert_close(again, out, rtol=1e-4, atol=1e-2 if turned else 1e-5)
+        for one, other in zip(caches, others, strict=True):
+            assert_rows(one, other, turned)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-g16", "turned and centred"])
+def test_rows_of_unequal_length_are_stored_each_at_its_own_place(name: str) -> None:
+    layer = stored(name)
+    inputs, angles, sinks = layer.inputs(batch=3), layer.angles(), torch.randn(layer.heads)
+    assert_ragged(layer, inputs, [2, 5, 9], 2, CAPACITY, angles, sinks)
+
+
+def assert_ragged(
+    layer: Layer,
+    inputs: tuple[Tensor, ...],
+    lengths: list[int],
+    new: int,
+    capacity: int,
+    angles: Tensor | None,
+    sinks: Tensor | None,
+) -> None:
+    """``new`` tokens of all rows in one step, on caches of ``lengths`` less: each row as if it were alone."""
+    caches = layer.caches(len(lengths), capacity)
+    for row, length in enumerate(lengths):
+        if length > new:
+            before = tuple(x[row : row + 1, : length - new] for x in inputs)
+            alone = layer.step(before, layer.caches(1, capacity), [length - new], angles, sinks)[1:]
+            for cache, one in zip(caches, alone, strict=True):
+                cache[row] = one[0]
+    last = tuple(torch.stack([x[row, n - new : n] for row, n in enumerate(lengths)]) for x in inputs)
+    together, *caches = layer.step(last, caches, lengths, angles, sinks)
+    for row, length in enumerate(lengths):
+        whole = tuple(x[row : row + 1, :length] for x in inputs)
+        assert_close(together[row].double(), layer.whole(whole, angles, sinks)[0, -new:], rtol=1e-4, atol=1e-4)
+        held = resident_rows(length, capacity, layer.options.window) if layer.storage.rolling else length
+        rows = layer.rows(whole, angles)
+        for cache, want in zip(caches, rows, strict=True):
+            assert_close(cache[row : row + 1, :, :held], want[:, :, length - held :], rtol=1e-4, atol=1e-5)
+
+
+STORED_CONTROLS: dict[str, Storage] = {
+    "floats": Storage(),
+    "keys of other bits": Storage("int8", "int4"),
+    "values of other bits": Storage("int4", "int8"),
+    "scales for every group": Storage("int4-g16", "int4-g16"),
+    "turned": Storage("int4", "int4", turned=True),
+    "centred": Storage("int4", "int4", centred=True),
+}
+
+
+@pytest.mark.parametrize("control", STORED_CONTROLS)
+def test_the_comparison_sees_another_storage(control: str) -> None:
+    layer = stored("int4")
+    inputs, angles, sinks = layer.inputs(), layer.angles(), torch.randn(layer.heads)
+    got, _ = layer.in_chunks(inputs, (TOKENS,), CAPACITY, angles, sinks)
+    assert close(got, layer.whole(inputs, angles, sinks))
+    assert not close(got, replace(layer, storage=STORED_CONTROLS[control]).whole(inputs, angles, sinks))
+
+
+def test_the_comparison_sees_scales_of_another_head() -> None:
+    layer = stored("int8", options=Options())
+    inputs, angles = layer.inputs(), layer.angles()
+    tables = (angles.cos(), angles.sin())
+    rest = (None, layer.heads, layer.options.scale, 0, 0.0, False)
+    key, value = layer.storage.scales(layer)
+    for scales, right in (((key, value), True), ((key.flip(1), value), False), ((key, value.flip(3)), False)):
+        out = ops.cached_attention(
+            *inputs, *layer.caches(), torch.tensor([TOKENS]), *tables, *rest, *scales, "int8", "int8", False, False
+        )[0]
+        assert close(out, layer.whole(inputs, angles, None)) is right
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_softmax_does_not_see_that_keys_lost_their_mean(turned: bool) -> None:
+    """And sinks and soft caps do, which is why there they must not."""
+    inputs, angles, sinks = WIDE.inputs(), WIDE.angles(), torch.randn(WIDE.heads)
+    centred = Storage(turned=turned, centred=True)
+    for options, same in (
+        (Options(window=3), True),
+        (Options(window=3, softcap=3.0), False),
+        (Options(window=3, sinks=True), False),
+    ):
+        layer = replace(WIDE, options=options)
+        given = sinks if options.sinks else None
+        got, _ = replace(layer, storage=centred).in_chunks(inputs, (4, 5), CAPACITY, angles, given)
+        want = layer.whole(inputs, angles, given)
+        assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-4) is same
+
+
+@pytest.mark.parametrize(("form", "said"), [("int3", "'int3' is no cache format"), ("int8", "needs scales")])
+def test_formats_that_cannot_be_stored(form: str, said: str) -> None:
+    layer = stored("int8")
+    rest = (layer.heads, 1.0, 0, 0.0, False, None, None, form, form)
+    with pytest.raises(ConfigError, match=said):
+        ops.cached_attention(*layer.inputs(), *layer.caches(), torch.tensor([TOKENS]), None, None, None, *rest)
+
+
+# --- over a cache that drops what is older than its window ------------------------------------------------------------
+
+LONG = 29
+ROLLED = {
+    "window 1": (1, Storage(rolling=True)),
+    "window 3": (3, Storage(rolling=True)),
+    "window 7, int8": (7, Storage("int8", "int8", rolling=True)),
+    "window 7, int4 and groups, turned": (7, Storage("int4", "int4-g16", turned=True, rolling=True, centred=True)),
+}
+SLACKS = (0, 1, 2, 16)  # rows beyond the window
+SPLITS = [(LONG,), (1,) * LONG, (4, 1, 13, 1, 9, 1)]
+
+
+def rolled(name: str) -> Layer:
+    window, storage = ROLLED[name]
+    return replace(WIDE, storage=storage, options=Options(window=window, softcap=3.0, sinks=True))
+
+
+def rows_held(tokens: int, capacity: int, window: int) -> int:
+    """One token after another: where there is no room, all but the newest ``window - 1`` rows go."""
+    held = 0
+    for _ in range(tokens):
+        held = (window - 1 if held == capacity else held) + 1
+    return held
+
+
+@pytest.mark.parametrize("slack", SLACKS)
+@pytest.mark.parametrize("name", ROLLED)
+def test_a_rolling_cache_is_a_window_over_the_whole_sequence(name: str, slack: int) -> None:
+    layer = rolled(name)
+    window = layer.options.window
+    capacity = window + slack
+    inputs, angles, sinks = layer.inputs(tokens=LONG), layer.angles(LONG), torch.randn(layer.heads)
+    want = layer.whole(inputs, angles, sinks)
+    rows = layer.rows(inputs, angles)
+    for chunks in SPLITS:
+        caches, done = layer.caches(1, capacity), 0
+        for new in chunks:
+            piece = tuple(x[:, done : done + new] for x in inputs)
+            done += new
+            out, *caches = layer.step(piece, caches, [done], angles, sinks)
+            assert_close(out.double(), want[:, done - new : done], rtol=1e-4, atol=1e-4)
+            held = rows_held(done, capacity, window)
+            assert held == resident_rows(done, capacity, window) >= min(done, window)
+            for cache, row in zip(caches, rows, strict=True):
+                assert cache.shape[2] == capacity
+                assert_close(cache[:, :, :held], row[:, :, done - held : done], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("slack", [0, 2])
+@pytest.mark.parametrize("name", ["window 3", "window 7, int4 and groups, turned"])
+@pytest.mark.parametrize("new", [1, 9])
+def test_rows_of_unequal_length_roll_each_by_itself(name: str, slack: int, new: int) -> None:
+    layer = rolled(name)
+    lengths = [new, new + 2, 24, LONG]
+    inputs, angles, sinks = layer.inputs(4, LONG), layer.angles(LONG), torch.randn(layer.heads)
+    assert_ragged(layer, inputs, lengths, new, layer.options.window + slack, angles, sinks)
+
+
+def without(row: int) -> Callable[[Tensor], Tensor]:
+    return lambda cache: torch.cat((cache[:, :, :row], torch.zeros_like(cache[:, :, :1]), cache[:, :, row + 1 :]), 2)
+
+
+ROLL_CONTROLS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "one row on": (lambda cache: cache.roll(1, dims=2), False),
+    "one row back": (lambda cache: cache.roll(-1, dims=2), False),
+    "the oldest row of the window lost": (without(1), False),
+    "the newest row lost": (without(4), False),
+    "the row that has just left the window lost": (without(0), True),
+    "a row that is not in use lost": (without(5), True),
+}
+
+
+@pytest.mark.parametrize("control", ROLL_CONTROLS)
+def test_the_comparison_sees_a_wrong_rolling_cache(control: str) -> None:
+    window, capacity = 5, 9
+    layer = Layer(options=Options(window=window), storage=Storage(rolling=True))
+    inputs, angles = layer.inputs(tokens=LONG), layer.angles(LONG)
+    done = next(n for n in range(15, LONG) if resident_rows(n, capacity, window) == window)  # rows were just dropped
+    before, last = (tuple(x[:, part] for x in inputs) for part in (slice(0, done), slice(done, done + 1)))
+    want = layer.whole(inputs, angles, None)[:, done : done + 1]
+    _, *caches = layer.step(before, layer.caches(1, capacity), [done], angles, None)
+    assert close(layer.step(last, caches, [done + 1], angles, None)[0], want)
+    change, harmless = ROLL_CONTROLS[control]
+    for changed in ((change(caches[0]), caches[1]), (caches[0], change(caches[1]))):
+        assert close(layer.step(last, changed, [done + 1], angles, None)[0], want) is harmless
+    for length in (done, done + 2):
+        assert not close(layer.step(last, caches, [length], angles, None)[0], want)
+
+
 # --- as custom operators ----------------------------------------------------------------------------------------------
 
 
@@ -320,3 +642,15 @@ def test_opcheck_cached_attention(cache: Tensor) -> None:
     opcheck(ops.cached_attention, (q, k, v, cache, cache.clone(), lengths, None, None, None, 4, 0.5, 0, 0.0, False))
     packed = torch.randn(2, 3, 32)
     opcheck(ops.cached_attention, (packed, None, None, cache, cache.clone(), lengths, *turned, 4, 0.5, 2, 3.0, True))
+
+
+@pytest.mark.parametrize("name", [*STORED, *ROLLED])
+def test_opcheck_stored_and_rolling(name: str) -> None:
+    layer = stored(name) if name in STORED else rolled(name)
+    s, o = layer.storage, layer.options
+    angles, sinks, inputs = layer.angles(), torch.randn(layer.heads), layer.inputs(2, 3)
+    rest = (sinks, layer.heads, o.scale, o.window, o.softcap, False, *s.scales(layer), s.key, s.value, s.turned)
+    last = (s.rolling, s.mean(layer))
+    tables = (torch.tensor([3, 9]), angles.cos(), angles.sin())
+    caches = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in layer.caches(2))
+    opcheck(ops.cached_attention, (torch.cat(inputs, dim=-1), None, None, *caches, *tables, *rest, *last))

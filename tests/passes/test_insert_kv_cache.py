@@ -87,7 +87,7 @@ def inserted(*forms: Form) -> tuple[Graph, Graph]:
 def run(program: Program, x: Tensor, chunks: tuple[int, ...]) -> Tensor:
     """The first output over ``chunks`` of ``x``, in caches full of what must not matter."""
     caches = [
-        torch.full((x.shape[0], slot.kv_heads, x.shape[1] + 3, dim), 1e3)
+        torch.full((x.shape[0], slot.kv_heads, slot.rows or x.shape[1] + 3, dim), 1e3)
         for slot in program.slots
         for dim in (slot.head_dim, slot.value_dim)
     ]
@@ -122,11 +122,12 @@ def all_forms() -> tuple[Graph, Graph]:
 
 def test_the_cached_graph_is_the_same_model_in_any_chunks(all_forms: tuple[Graph, Graph]) -> None:
     before, after = all_forms
-    x = torch.randn(3, 9, C)
+    x = torch.randn(3, 41, C)
+    assert 0 < 2 * max(slot.rows for slot in after.program.slots) < 41  # windows drop their rows more than once
     want = before(x)
-    for chunks in ((9,), (1,) * 9, (4, 1, 3, 1)):
+    for chunks in ((41,), (1,) * 41, (4, 1, 20, 1, 15)):
         assert_close(run(after.program, x, chunks), want, rtol=1e-4, atol=1e-5)
-    wrong = run(after.program, x.flip(1), (9,))
+    wrong = run(after.program, x.flip(1), (41,))
     assert not torch.allclose(wrong.flip(1), want, rtol=1e-2, atol=1e-2)
 
 
@@ -135,7 +136,9 @@ def test_inputs_outputs_and_slots(all_forms: tuple[Graph, Graph]) -> None:
     program, layers = after.program, len(FORMS)
     pairs = [f"past_key_values_{i}_{kind}" for i in range(layers) for kind in ("key", "value")]
     assert [n.name for n in program.inputs] == ["x", "attention_mask", *pairs]
-    assert program.slots == tuple(CacheSlot(i, KV, D, f.value_dim, "fp32") for i, f in enumerate(FORMS.values()))
+    assert program.slots == tuple(
+        CacheSlot(i, KV, D, f.value_dim, "fp32", "fp32", f.window) for i, f in enumerate(FORMS.values())
+    )
     nodes = [n for n in program.graph.nodes if is_call(n, cached)]
     assert len(nodes) == len(after.hits) == layers
     _, *presents = program.outputs
@@ -146,7 +149,12 @@ def test_inputs_outputs_and_slots(all_forms: tuple[Graph, Graph]) -> None:
     batch, total = shape(program.input("attention_mask"))
     assert batch == shape(program.inputs[0])[0] and total != shape(program.inputs[0])[1]
     capacities = [shape(program.input(name))[2] for name in pairs]
-    assert not isinstance(capacities[0], int) and all(capacity == capacities[0] for capacity in capacities)
+    assert not any(isinstance(capacity, int) for capacity in capacities)
+    assert capacities[::2] == capacities[1::2]  # a layer's keys and values
+    windows = [slot.window for slot in program.slots]
+    shared = {str(capacity) for capacity, window in zip(capacities[::2], windows, strict=True) if not window}
+    own = [str(capacity) for capacity, window in zip(capacities[::2], windows, strict=True) if window]
+    assert len(shared) == 1 and len(own) == len(set(own)) == 2 and not shared & set(own)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -154,7 +162,7 @@ def test_what_goes_into_the_node(all_forms: tuple[Graph, Graph], name: str) -> N
     _, after = all_forms
     form, i = FORMS[name], list(FORMS).index(name)
     node = [n for n in after.program.graph.nodes if is_call(n, cached)][i]
-    q, k, v, _, _, lengths, cos, sin, sinks, heads, scale, window, softcap, interleaved = node.args
+    q, k, v, _, _, lengths, cos, sin, sinks, heads, scale, window, softcap, interleaved, *storage = node.args
     whole = form.packed and form.value_dim == D and form.order == (0, 1, 2)
     if whole:
         assert is_call(q, torch.ops.aten.linear) and k is None and v is None
@@ -163,12 +171,29 @@ def test_what_goes_into_the_node(all_forms: tuple[Graph, Graph], name: str) -> N
         assert [shape(x)[2] for x in (q, k, v)] == [HEADS * D, KV * D, KV * form.value_dim]
         assert form.packed or all(is_call(x, torch.ops.aten.linear) for x in (q, k, v))
     assert (heads, scale, window, softcap) == (HEADS, 0.4, form.window, form.softcap)
+    assert storage == [None, None, "fp32", "fp32", False, form.window > 0, None]
     assert (sinks is None) is (not form.sinks)
     assert is_call(lengths, torch.ops.aten.sum) and lengths.args[0].name == "attention_mask"
     turned = form.turn_q != ""
     assert (cos is not None, sin is not None, interleaved) == (turned, turned, turned)
     if turned:
         assert (cos.op, sin.op) == ("placeholder", "placeholder") and cos is not sin
+
+
+WINDOWS = (0, 1, 31, 32, 33, 64, 200)  # of a context of 64
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_window_of_up_to_half_of_the_context_bounds_its_layer(bounded: bool) -> None:
+    forms = [Form(window=window) for window in WINDOWS]
+    before, after = rewrite(InsertKVCache(bounded=bounded), Model(*forms), X, after=(Canonicalize(),))
+    assert after.program.spec.context == 64
+    kept = [w if bounded and w <= 32 else 0 for w in WINDOWS]
+    assert [slot.window for slot in after.program.slots] == kept
+    nodes = [n for n in after.program.graph.nodes if is_call(n, cached)]
+    assert [(n.args[11], n.args[19]) for n in nodes] == [(w, k > 0) for w, k in zip(WINDOWS, kept, strict=True)]
+    x = torch.randn(2, 60, C)
+    assert_close(run(after.program, x, (50, 1, 1, 8)), before(x), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_left_around_the_node(all_forms: tuple[Graph, Graph]) -> None:

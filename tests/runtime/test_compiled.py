@@ -12,8 +12,12 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from ryzen_compile.errors import PromptError, UsageError
+from ryzen_compile.errors import MemoryLimitError, PromptError, UnsupportedError, UsageError
+from ryzen_compile.numerics.row_shift import RowShift
+from ryzen_compile.numerics.rows import RowFormat
 from ryzen_compile.runtime.compiled import CompiledModel
+from ryzen_compile.runtime.generate import generate
+from ryzen_compile.runtime.stream import Stream
 from tests.runtime.torch_engine import BOS, CONTEXT, EOS, VOCAB, TorchEngine, tiny_llama, tiny_tokenizer
 
 PROMPT = [BOS, 11, 40, 7]
@@ -95,14 +99,57 @@ def test_threads_get_what_they_would_get_alone(model: CompiledModel) -> None:
         np.testing.assert_array_equal(results[index], result)
 
 
-@pytest.mark.parametrize("what", ["generate", "the model", "save_pretrained", "close"])
+UNTURNED = (RowShift(RowFormat(), 1, np.empty(0)),)
+
+
+def test_a_window_is_a_stream_of_this_model(llama: LlamaForCausalLM) -> None:
+    engine = TorchEngine(llama)
+    model = CompiledModel(engine, motion=UNTURNED)
+    plain, long = [PROMPT], 2 * CONTEXT
+    for arguments, sinks in (({"window": 16}, 4), ({"window": 16, "sinks": 0}, 0), ({"window": 16, "sinks": None}, 4)):
+        expected = generate(engine, plain, stream=Stream(16, sinks, UNTURNED), max_new_tokens=long)
+        np.testing.assert_array_equal(model.generate(plain, max_new_tokens=long, **arguments), expected)
+    with pytest.raises(PromptError, match="context"):
+        model.generate(plain, max_new_tokens=long, window=None)
+    streaming = CompiledModel(engine, motion=UNTURNED, stream=(16, 0))
+    assert model.stream is None and streaming.stream == Stream(16, 0, UNTURNED)
+    np.testing.assert_array_equal(
+        streaming.generate(plain, max_new_tokens=long),
+        generate(engine, plain, stream=Stream(16, 0, UNTURNED), max_new_tokens=long),
+    )
+    with pytest.raises(UnsupportedError, match="cannot generate with a window: nothing says how its keys are moved"):
+        CompiledModel(engine).generate(plain, window=16)
+    with pytest.raises(UnsupportedError, match="cannot generate with a window: for a reason"):
+        CompiledModel(engine, motion="for a reason", stream=(16, 0))
+    with pytest.raises(UsageError, match=f"takes a cache of 84 tokens, the model's context is {CONTEXT}"):
+        CompiledModel(engine, motion=UNTURNED, stream=(64, 4))
+
+
+def test_calls_share_one_budget_and_what_they_leave(llama: LlamaForCausalLM) -> None:
+    model = CompiledModel(TorchEngine(llama), cache_budget_bytes=CONTEXT * 8)
+    assert model.generate([PROMPT], max_new_tokens=9).shape == (1, 13)
+    memory = model.pool.memory()
+    assert memory.live == 0 and memory.budget == CONTEXT * 8
+    with pytest.raises(MemoryLimitError, match="2 rows x 40 tokens needs 640 bytes, the budget is 512"):
+        model.generate([PROMPT, PROMPT], max_new_tokens=37)
+    assert model.generate([PROMPT], max_new_tokens=CONTEXT - 4).shape == (1, CONTEXT)
+    # A budget of its own leaves the model's alone.
+    assert model.generate([PROMPT, PROMPT], max_new_tokens=37, cache_budget_bytes=1 << 20).shape == (2, 41)
+
+
+CALLS = ["generate", "the model", "save_pretrained", "close", "read_prompt", "load_prompt_cache"]
+
+
+@pytest.mark.parametrize("what", CALLS)
 def test_calls_from_inside_a_callback_are_refused(llama: LlamaForCausalLM, tmp_path: Path, what: str) -> None:
-    model = CompiledModel(TorchEngine(llama), saver=lambda directory, force: None)
+    model = CompiledModel(TorchEngine(llama), saver=lambda directory, force: None, identity="one")
     calls: dict[str, Any] = {
         "generate": lambda: model.generate([PROMPT]),
         "the model": lambda: model([PROMPT]),
         "save_pretrained": lambda: model.save_pretrained(tmp_path),
         "close": model.close,
+        "read_prompt": lambda: model.read_prompt(PROMPT),
+        "load_prompt_cache": lambda: model.load_prompt_cache(tmp_path / "a"),
     }
 
     class Meddling:
@@ -128,7 +175,7 @@ def test_saving_goes_to_the_saver(llama: LlamaForCausalLM, tmp_path: Path) -> No
 
 def test_a_closed_model_says_so(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     engine = TorchEngine(llama)
-    with CompiledModel(engine, saver=lambda directory, force: None) as model:
+    with CompiledModel(engine, saver=lambda directory, force: None, identity="one") as model:
         assert not model.closed
         model.generate([PROMPT])
     assert model.closed and engine.closed == 1
@@ -138,6 +185,8 @@ def test_a_closed_model_says_so(llama: LlamaForCausalLM, tmp_path: Path) -> None
         ("generate", lambda: model.generate([PROMPT])),
         ("the model", lambda: model([PROMPT])),
         ("save_pretrained", lambda: model.save_pretrained(tmp_path)),
+        ("read_prompt", lambda: model.read_prompt(PROMPT)),
+        ("load_prompt_cache", lambda: model.load_prompt_cache(tmp_path / "a")),
     ):
         with pytest.raises(UsageError, match=f"{what} was called on a closed model; load it again"):
             call()

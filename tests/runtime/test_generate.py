@@ -15,9 +15,12 @@ from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from ryzen_compile.errors import MemoryLimitError, NumericalError, PromptError
+from ryzen_compile.numerics.row_shift import RowShift
+from ryzen_compile.numerics.rows import RowFormat
 from ryzen_compile.runtime.arguments import ACCEPTED, config_values
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.generate import GenerationStats, generate
+from ryzen_compile.runtime.stream import Stream
 from tests.runtime.torch_engine import (
     BOS,
     CONTEXT,
@@ -291,6 +294,46 @@ def test_first_tokens_follow_the_models_distribution() -> None:
 @pytest.mark.parametrize("arguments", [{"do_sample": False}, {"do_sample": True, "temperature": 0}])
 def test_temperature_zero_is_greedy(model: LlamaForCausalLM, engine: TorchEngine, arguments: dict[str, Any]) -> None:
     assert generate(engine, [PROMPT], max_new_tokens=24, **arguments)[0, 7:].tolist() == greedy_tokens(model)
+
+
+# Streams (exactness with moved keys: test_stream.py)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(8, 3), (20, 0), (1, 1)])
+@pytest.mark.parametrize("chunk", [1, 5, 512])
+def test_a_stream_is_the_model_on_what_is_kept(
+    model: LlamaForCausalLM, engine: TorchEngine, window: int, sinks: int, chunk: int
+) -> None:
+    """The engine's cache holds the kept tokens themselves and counts positions from its first row."""
+    stream = Stream(window, sinks, (RowShift(RowFormat(), 1, np.empty(0)),))
+    prompt = np.random.default_rng(5).integers(3, VOCAB, 2 * CONTEXT).tolist()
+    kept: list[int] = []
+    chunk = min(chunk, stream.slack)
+    tokens, new = prompt, []
+    while len(new) < 2 * CONTEXT:
+        for begin in range(0, len(tokens), chunk):
+            part = tokens[begin : begin + chunk]
+            if len(kept) + len(part) > stream.capacity:
+                kept = kept[:sinks] + kept[-window:]
+            kept = kept + part
+        with torch.no_grad():
+            tokens = [int(model(torch.tensor([kept])).logits[0, -1].argmax())]
+        new += tokens
+    result = generate(engine, [prompt], stream=stream, prefill_chunk_size=chunk, max_new_tokens=2 * CONTEXT)
+    assert result[0].tolist() == prompt + new
+    assert len(set(new)) > 3
+
+
+def test_rows_that_finish_early_stream_on_for_company(engine: TorchEngine) -> None:
+    stream = Stream(16, 2, (RowShift(RowFormat(), 1, np.empty(0)),))
+    arguments: dict[str, Any] = {"stream": stream, "max_new_tokens": CONTEXT, "pad_token_id": PAD}
+    alone = [generate(engine, [row], **arguments)[0, len(row) :].tolist() for row in (PROMPT, [BOS, 33])]
+    end = alone[0][9]
+    expected = [row[: row.index(end) + 1] if end in row else row for row in alone]
+    ids, mask = left_padded(PROMPT, [BOS, 33])
+    result = generate(engine, ids, mask, eos_token_id=end, **arguments)[:, len(PROMPT) :].tolist()
+    for row, own in zip(result, expected, strict=True):
+        assert row == own + [PAD] * (len(row) - len(own))
 
 
 # Inputs, outputs, callbacks

@@ -64,6 +64,7 @@ class TorchEngine:
 
     name = "torch"
     slots = (SLOT,)
+    prompt_from = 1
 
     def __init__(self, model: LlamaForCausalLM, *, all_logits: bool = True) -> None:
         self.model, self.all_logits, self.spec = model, all_logits, spec()
@@ -95,6 +96,7 @@ class TableEngine:
 
     name = "table"
     slots = (SLOT,)
+    prompt_from = 1
     all_logits = False
 
     def __init__(self, table: np.ndarray, context: int = CONTEXT) -> None:

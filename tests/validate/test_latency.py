@@ -20,6 +20,7 @@ class Recorder:
     spec = SPEC
     slots = (CacheSlot(layer=0, kv_heads=1, head_dim=4, value_dim=4),)
     all_logits = False
+    prompt_from = 1
 
     def __init__(self, name: str = "recorder", log: list | None = None) -> None:
         self.name, self.calls, self.fed = name, [], []

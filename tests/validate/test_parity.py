@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, fx
 
 from ryzen_compile.capture import capture
-from ryzen_compile.config import Recipe
+from ryzen_compile.config import KVCacheConfig, Recipe
 from ryzen_compile.edit import Edit
 from ryzen_compile.errors import CaptureError
-from ryzen_compile.interpret import first_tokens
+from ryzen_compile.interpret import cached_feeds, first_tokens, interpret
+from ryzen_compile.numerics.divergence import mean_divergence
+from ryzen_compile.passes.quantize_kv_cache import QuantizeKVCache
 from ryzen_compile.pipeline import default_passes
 from ryzen_compile.program import Program, is_call
 from ryzen_compile.validate.parity import CHUNKS, TOKENS, ParityGate, check_capture, full_logits, logits_of
-from tests.zoo import NanoDecoder, randomize
+from tests.model_directory import case_named
+from tests.zoo import CONTEXT, NanoDecoder, build, randomize
 
 aten = torch.ops.aten
 
@@ -206,24 +209,26 @@ def rescaled(factor: float) -> Callable[[Program], Program]:
 def test_a_loss_is_a_divergence_on_the_text(plain: Program) -> None:
     text = torch.randint(99, (5, 23), generator=torch.Generator().manual_seed(9))
     gate = ParityGate(plain, text=text)
-    assert gate.measure_loss(plain) == (0.0, 1.0)
+    assert gate.measure_loss(plain) == (0.0, 0.0, 1.0)
     programs = [rescaled(factor)(plain) for factor in (1.001, 1.05, -1.0)]
     found = [gate.measure_loss(program) for program in programs]
-    for (kl, top1), program in zip(found, programs, strict=True):
+    for (kl, late, top1), program in zip(found, programs, strict=True):
         p, q = (torch.softmax(full_logits(each, text).double(), -1) for each in (plain, program))
-        assert kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-6, abs=1e-12)
+        apart = (p * (p / q).log()).sum(-1)
+        assert kl == pytest.approx(float(apart.mean()), rel=1e-6, abs=1e-12)
+        assert late == pytest.approx(float(apart[:, 18:].mean()), rel=1e-6, abs=1e-12)  # the last 5 of 23
         assert top1 == float((p.argmax(-1) == q.argmax(-1)).double().mean())
-    assert 0 < found[0][0] < found[1][0] < found[2][0] and found[0][1] >= found[1][1] > found[2][1]
+    assert 0 < found[0][0] < found[1][0] < found[2][0] and found[0][2] >= found[1][2] > found[2][2]
 
 
 def test_without_text_the_probe_is_read(plain: Program, gate: ParityGate) -> None:
-    kl, top1 = gate.measure_loss(rescaled(1.05)(plain))
-    assert kl > 0 and 0 < top1 <= 1
+    kl, late, top1 = gate.measure_loss(rescaled(1.05)(plain))
+    assert kl > 0 and late > 0 and 0 < top1 <= 1
 
 
 def test_nan_is_no_loss_but_out_of_any_budget(plain: Program, gate: ParityGate) -> None:
-    kl, _ = gate.measure_loss(rescaled(float("nan"))(plain))
-    assert kl != kl and not (kl <= 1e9)
+    kl, late, _ = gate.measure_loss(rescaled(float("nan"))(plain))
+    assert kl != kl and late != late and not (kl <= 1e9)
 
 
 @pytest.mark.parametrize(
@@ -243,3 +248,65 @@ def test_after_a_loss_the_gate_measures_against_what_was_accepted(plain: Program
     assert not gate.measure(plain)[2]  # to undo the loss is no exact rewrite either
     assert not gate.measure(changed(lossy, lambda p: linears(p)[3], scaled(1.001)))[2]
     assert gate.measure_loss(lossy) == before  # losses add up: always to the captured model
+
+
+# --- losses of the cache ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "length"), [((3, 41), 123), ((4, 70), CONTEXT)])
+def test_a_cache_is_measured_on_one_sequence_as_long_as_the_context(
+    plain: Program, cached: dict[str, Program], shape: tuple[int, int], length: int
+) -> None:
+    text = torch.randint(99, shape, generator=torch.Generator().manual_seed(9))
+    gate = ParityGate(plain, text=text)
+    exact = gate.measure_loss(cached["all"])
+    assert exact[0] < 1e-9 and exact[1] < 1e-9 and exact[2] == 1.0
+    program = QuantizeKVCache(KVCacheConfig(dtype="int4"), calibration=text).run(cached["all"]).program
+    one = text.flatten()[None, :length]
+    want = full_logits(plain, one)
+    got = interpret(program, cached_feeds(program, one), [program.outputs[0]])[0]
+    last = slice(length - length // 4, None)
+    assert gate.measure_loss(program)[:2] == pytest.approx(
+        (mean_divergence(want, got)[0], mean_divergence(want[:, last], got[:, last])[0]), rel=1e-6
+    )
+
+
+def test_drift_is_seen_at_the_end_of_a_sequence(plain: Program, cached: dict[str, Program]) -> None:
+    """Positions that only its last quarter has are off: four times the loss there."""
+    text = torch.randint(99, (1, CONTEXT), generator=torch.Generator().manual_seed(9))
+    gate = ParityGate(plain, text=text)
+    program = cached["all"]
+    name = next(name for name, value in program.exported.state_dict.items() if value.shape == (CONTEXT, 32))
+    table = program.exported.state_dict[name].clone()
+    table[-CONTEXT // 4 :] *= 0.7
+    late = program.with_graph(program.graph, program.exported.state_dict | {name: table}, program.exported.constants)
+    kl, last, _ = gate.measure_loss(late)
+    assert kl > 1e-4 and last == pytest.approx(4 * kl, rel=1e-3)
+
+
+def test_after_a_loss_in_the_cache_the_gate_measures_against_it(plain: Program, cached: dict[str, Program]) -> None:
+    gate = ParityGate(plain)
+    lossy = QuantizeKVCache(KVCacheConfig(dtype="int8")).run(cached["all"]).program
+    assert not gate.measure(lossy)[2]
+    gate.rebase(lossy)
+    rmse, largest, within = gate.measure(lossy)
+    assert within and largest == 0.0 and rmse == gate.reference_rmse
+    wrong = changed(
+        lossy, lambda p: next(n for n in p.graph.nodes if is_call(n, aten.sum)), WRONG_CACHES["lengths one more"][1]
+    )
+    assert not gate.measure(wrong)[2]
+
+
+def test_a_window_is_left_and_its_cache_drops_rows_while_it_is_measured() -> None:
+    program = capture(build(case_named("gemma2")))
+    gate = ParityGate(program)
+    for step in default_passes(Recipe(logits="all")):
+        program = step.run(program).program
+    slot = program.slots[0]
+    assert slot.window and slot.resident(gate._ids.shape[1]) < gate._ids.shape[1] - slot.window
+    assert gate.measure(program)[2]
+    for at, value in ((11, slot.window - 1), (11, slot.window + 1)):
+        edit = Edit(program, "test")
+        node = next(n for n in edit.graph.nodes if is_call(n, torch.ops.ryzen.cached_attention))
+        node.args = (*node.args[:at], value, *node.args[at + 1 :])
+        assert not gate.measure(edit.finish())[2]

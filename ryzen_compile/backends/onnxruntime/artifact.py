@@ -149,8 +149,8 @@ def read(directory: Path, *, digests: bool = True) -> Artifact:
     ]
     try:
         spec = ModelSpec(**manifest["spec"])
-        slots = tuple(CacheSlot(**slot) for slot in manifest["slots"])
-    except (KeyError, TypeError) as error:
+        slots = tuple(_slot(facts) for facts in manifest["slots"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{directory.name}: the manifest does not describe the model: {error}") from error
     for model in models:
         _check_described(model.graph, spec, slots)
@@ -165,6 +165,17 @@ def read(directory: Path, *, digests: bool = True) -> Artifact:
         _load(directory / GENERATION_CONFIG_NAME),
         _load(directory / REPORT_NAME),
     )
+
+
+def _slot(facts: Mapping[str, Any]) -> CacheSlot:
+    """Buffers are made from it: raises ``TypeError`` or ``ValueError`` for what is no slot."""
+    slot = CacheSlot(**facts)
+    for name, value in asdict(slot).items():
+        if type(value) is not (str if name.endswith("_format") else int) or (isinstance(value, int) and value < 0):
+            raise ValueError(f"a slot's {name} is {shown(value)}")
+    RowFormat.parse(slot.key_format).width(slot.head_dim)
+    RowFormat.parse(slot.value_format).width(slot.value_dim)
+    return slot
 
 
 def _check_described(graph: GraphProto, spec: ModelSpec, slots: tuple[CacheSlot, ...]) -> None:

@@ -17,14 +17,16 @@ from ryzen_compile.errors import UnsupportedError
 from ryzen_compile.numerics.rows import RowFormat
 
 HEAD_MULTIPLE = 8
+ROLLING_MULTIPLE = {32: 8, 8: 16, 4: 32}  # by the bits of a channel, where the operator drops old rows by itself
 ROTARY_HEAD_MULTIPLE = 16
 ROTARY_TABLE_MULTIPLE = 8
 CACHE_FORMATS = ("fp32", "int8", "int4")
 
 
-def padded_head_dim(d: int) -> int:
-    """The smallest head size that GroupQueryAttention takes and that holds ``d`` channels."""
-    return -(-d // HEAD_MULTIPLE) * HEAD_MULTIPLE
+def padded_head_dim(d: int, bits: int = 32, *, rolling: bool = False) -> int:
+    """The smallest head size that GroupQueryAttention takes and that holds ``d`` channels, stored in ``bits`` each."""
+    multiple = ROLLING_MULTIPLE[bits] if rolling else HEAD_MULTIPLE
+    return -(-d // multiple) * multiple
 
 
 def attention(
@@ -66,6 +68,7 @@ def cached_attention(
     sinks: ir.Value | None,
     k_scale: ir.Value | None,
     v_scale: ir.Value | None,
+    k_mean: ir.Value | None,
     *,
     heads: int,
     scale: float,
@@ -78,14 +81,15 @@ def cached_attention(
     rolling: int,
 ) -> tuple[ir.Value, ...]:
     """``ryzen::cached_attention``: returns the output (B, T, H D'), and both caches, whose heads may be padded."""
-    if k_format != v_format or k_format not in CACHE_FORMATS or turned:
+    if k_format != v_format or k_format not in CACHE_FORMATS or turned or k_mean is not None:
         raise UnsupportedError(
             f"GroupQueryAttention cannot keep keys as {k_format} and values as {v_format}",
             hint=f"both as one of {', '.join(CACHE_FORMATS)}, or backend='eager'",
         )
     kv_heads = _dim(k_cache, 1)
-    d, d_value = _head_dims(q, k, v, heads, kv_heads)
-    width = padded_head_dim(max(d, d_value))
+    form = RowFormat.parse(k_format)
+    d, d_value = form.channels(_dim(k_cache, 3)), form.channels(_dim(v_cache, 3))
+    width = padded_head_dim(max(d, d_value), form.bits, rolling=bool(rolling))
     tables = _tables_inside(e, cos, sin, width, interleaved)
     rotate_before = cos is not None and sin is not None and tables is None
     if k is None and (rotate_before or d != d_value):
@@ -106,8 +110,7 @@ def cached_attention(
     if rolling:
         attributes["sliding_window_cache"] = 1
     if k_scale is not None and v_scale is not None:
-        bits = RowFormat.parse(k_format).bits
-        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": bits}
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": form.bits}
         k_scale, v_scale = _pad_scale(e, k_scale, d, width), _pad_scale(e, v_scale, d_value, width)
     if softcap:
         attributes["softcap"] = softcap
@@ -128,14 +131,6 @@ def _dim(value: ir.Value, axis: int) -> int:
     if not isinstance(size, int):
         raise ValueError(f"dimension {axis} of {value.name} must be static, its shape is {value.shape}")
     return size
-
-
-def _head_dims(q: ir.Value, k: ir.Value | None, v: ir.Value | None, heads: int, kv_heads: int) -> tuple[int, int]:
-    """Channels of a key's head and of a value's, from what the projections produce."""
-    if k is None or v is None:
-        d = _dim(q, 2) // (heads + 2 * kv_heads)
-        return d, d
-    return _dim(k, 2) // kv_heads, _dim(v, 2) // kv_heads
 
 
 def _pad_scale(e: Emitter, scale: ir.Value, d: int, width: int) -> ir.Value:

@@ -57,7 +57,12 @@ def lower(program: Program, options: LoweringOptions = DEFAULTS) -> ir.Model:
 
 def cache_slots(slots: Sequence[CacheSlot]) -> tuple[CacheSlot, ...]:
     """The slots as the lowered model has them: heads padded to what GroupQueryAttention takes."""
-    widths = [padded_head_dim(max(slot.head_dim, slot.value_dim)) for slot in slots]
+    widths = [
+        padded_head_dim(
+            max(slot.head_dim, slot.value_dim), RowFormat.parse(slot.key_format).bits, rolling=slot.window > 0
+        )
+        for slot in slots
+    ]
     return tuple(replace(s, head_dim=w, value_dim=w) for s, w in zip(slots, widths, strict=True))
 
 

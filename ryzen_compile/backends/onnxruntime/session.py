@@ -25,6 +25,7 @@ from ryzen_compile.spec import CacheSlot, ModelSpec
 from ryzen_compile.validate.machine import read_cpu
 
 LOAD_ERRORS = (native.Fail, native.InvalidArgument, native.InvalidGraph, native.InvalidProtobuf, native.NoSuchFile)
+LONE_TOKEN = 1  # products of one row may sum in another order than those of several
 KEPT_LOGITS = 1 << 22  # elements; a larger buffer, after a long prompt, is given back by the next small step
 
 
@@ -71,6 +72,7 @@ class OrtEngine:
         self._prefill_from = options.prefill_from
         self._directory: tempfile.TemporaryDirectory | None = None
         self.all_logits = self._main.all_logits
+        self.prompt_from = self._prefill_from if self._prefill is not None else LONE_TOKEN + 1
 
     def keep(self, directory: tempfile.TemporaryDirectory) -> None:
         """Ties a temporary directory that holds the model to this engine's life."""

@@ -1,0 +1,201 @@
+"""What the cache's format costs and gains in time and memory, on a decoder shape with random int4 weights.
+
+    python benchmarks/kv_speed.py --shape tinyllama-1.1b --rounds 5 --work kv-work
+
+One artifact per cache format, the weights the same. A round opens each in a process of its own (two thread pools that
+spin on the same cores slow each other) and times single steps behind several depths, steps of eight sequences behind
+``--batch-depth`` tokens each, and sixteen requests that begin with the same 400 tokens, first without and then with
+prefix reuse; every other round goes backwards. Prints medians over the rounds with their range, and ratios within
+rounds; every sample is appended to ``benchmarks/data/kv_speed.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ryzen_compile
+from ryzen_compile.manifest import read_manifest
+from ryzen_compile.runtime.cache import KVCache, token_bytes
+from ryzen_compile.runtime.compiled import CompiledModel
+from ryzen_compile.runtime.generate import GenerationStats, read
+from ryzen_compile.shapes import SHAPES
+from ryzen_compile.spec import CacheSlot
+from ryzen_compile.validate.machine import read_machine, read_versions, stream_read_gbps
+
+DATA = Path(__file__).resolve().parent / "data" / "kv_speed.csv"
+ROWS, REQUESTS, SHARED, OWN = 8, 16, 400, 24
+CHUNK = 512
+
+
+def prepare(shape: str, kv: str, out: Path) -> None:
+    """Exports in a child, whose memory is given back; unverified, for random weights' logits mean nothing."""
+    code = (
+        "import sys\n"
+        "from ryzen_compile.api import export\n"
+        "from ryzen_compile.config import find_recipe\n"
+        "from ryzen_compile.shapes import random_model\n"
+        "recipe = find_recipe('int4', kv=sys.argv[2], method='rtn')\n"
+        "export(random_model(sys.argv[1]), sys.argv[3], recipe, verify=False)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, shape, kv, str(out)], check=True)
+
+
+def measured(artifact: Path, args: argparse.Namespace) -> dict[str, float]:
+    """One sample of everything, in this process; milliseconds by name."""
+    rng = np.random.default_rng(args.seed)
+    found: dict[str, float] = {}
+    with ryzen_compile.load(artifact, threads=args.threads, digests=False) as model:
+        vocab = model.spec.vocab
+        for depth in args.depths:
+            found[f"step @ {depth}"] = step_ms(model, rng.integers(vocab, size=depth), 1, args.steps, rng)
+        ids = rng.integers(vocab, size=args.batch_depth)
+        found[f"step of {ROWS} @ {args.batch_depth}"] = step_ms(model, ids, ROWS, args.steps // 2, rng)
+        prompts = [np.concatenate((ids[:SHARED], rng.integers(vocab, size=OWN))) for _ in range(REQUESTS)]
+        cold, expected = requests(model, prompts)
+    with ryzen_compile.load(artifact, threads=args.threads, digests=False, prefix_bytes=1 << 30) as model:
+        warm, got = requests(model, prompts)
+        if model.prefixes is None or any((a != b).any() for a, b in zip(expected, got, strict=True)):
+            raise SystemExit("prefix reuse changed the tokens")
+        stats = model.prefixes.stats
+    found["first token, cold"] = statistics.median(cold[1:])
+    found["first token, shared prefix"] = statistics.median(warm[1:])
+    found["hits, %"] = 100 * stats.hits / stats.lookups
+    found["tokens reused, %"] = 100 * stats.hit_rate
+    return found
+
+
+def step_ms(model: CompiledModel, ids: np.ndarray, rows: int, steps: int, rng: np.random.Generator) -> float:
+    """Median milliseconds of a step of ``rows`` sequences that hold ``ids``."""
+    engine = model.engine
+    cache = KVCache(engine.slots, 1, len(ids) + steps + 2, limit=model.spec.context)
+    if len(ids):
+        read(engine, cache, ids.tolist(), chunk=CHUNK)
+    if rows > 1:
+        cache = cache.fork(rows, room=steps + 2)
+    seconds = []
+    for _ in range(steps + 2):  # two to warm up
+        tokens = rng.integers(model.spec.vocab, size=(rows, 1))
+        began = time.perf_counter()
+        engine.step(tokens, cache)
+        seconds.append(time.perf_counter() - began)
+        cache.advance(1)
+    return 1e3 * statistics.median(seconds[2:])
+
+
+def requests(model: CompiledModel, prompts: list[np.ndarray]) -> tuple[list[float], list[np.ndarray]]:
+    """Milliseconds to each request's first token, and the first tokens of each."""
+    times, tokens = [], []
+    for prompt in prompts:
+        stats = GenerationStats()
+        tokens.append(model.generate(prompt[None], max_new_tokens=4, eos_token_id=None, stats=stats)[0])
+        times.append(1e3 * stats.time_to_first_token)
+    return times, tokens
+
+
+def memory(artifact: Path, tokens: int) -> int:
+    """Bytes of one sequence of ``tokens`` tokens, and of the scales that read it."""
+    slots = [CacheSlot(**slot) for slot in read_manifest(artifact)["slots"]]
+    fixed = sum(4 * s.kv_heads * (s.head_dim + s.value_dim) for s in slots if s.key_format in ("int8", "int4"))
+    return tokens * token_bytes(slots) + fixed
+
+
+def report(samples: dict[str, list[dict[str, float]]], artifacts: dict[str, Path], say: Callable[[str], None]) -> None:
+    first = next(iter(samples))
+    say("| | " + " | ".join(samples) + " |")
+    say("|---|" + "---:|" * len(samples))
+    whole = memory(artifacts[first], 2048)
+    cells = [
+        f"{memory(path, 2048) / 1e6:.1f} ({100 * (memory(path, 2048) / whole - 1):+.1f} %)"
+        for path in artifacts.values()
+    ]
+    say("| MB at 2,048 tokens, scales included | " + " | ".join(cells) + " |")
+    for name in samples[first][0]:
+        cells = []
+        for taken in samples.values():
+            values = [sample[name] for sample in taken]
+            cell = f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+            if taken is not samples[first] and "%" not in name:
+                ratios = [a[name] / b[name] for a, b in zip(samples[first], taken, strict=True)]
+                cell += f", {statistics.median(ratios):.2f} x"
+            cells.append(cell)
+        say(f"| {name} | " + " | ".join(cells) + " |")
+    for kv, taken in samples.items():
+        ratios = [s["first token, cold"] / s["first token, shared prefix"] for s in taken]
+        spread = f"{min(ratios):.1f}-{max(ratios):.1f}"
+        say(f"\n{kv}: the first token behind a shared prefix {statistics.median(ratios):.1f} x ({spread}) sooner")
+
+
+def append(samples: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
+    shared = {
+        "date": datetime.now(UTC).date(),
+        "machine": read_machine().cpu.name,
+        "threads": args.threads,
+        "shape": args.shape,
+        "stream_gbps": f"{stream_read_gbps(threads=args.threads):.1f}",
+        "versions": json.dumps(read_versions()),
+    }
+    rows = [
+        {**shared, "kv": kv, "round": index, "test": name, "value": f"{value:.5g}"}
+        for kv, taken in samples.items()
+        for index, sample in enumerate(taken)
+        for name, value in sample.items()
+    ]
+    is_new = not DATA.exists()
+    with DATA.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="tinyllama-1.1b", choices=SHAPES)
+    parser.add_argument("--kv", nargs="+", default=["fp32", "int8", "int4"])
+    parser.add_argument("--depths", nargs="+", type=int, default=[0, 512, 1024, 1984])
+    parser.add_argument("--batch-depth", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=read_machine().usable_cores)
+    parser.add_argument("--work", type=Path, default=Path("kv-work"), help="artifacts, kept and reused")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if args.child is not None:
+        print(json.dumps(measured(args.child, args)))
+        return
+    artifacts: dict[str, Path] = {kv: args.work / args.shape / kv for kv in args.kv}
+    for kv, path in artifacts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            print(f"exporting {kv}", file=sys.stderr)
+            prepare(args.shape, kv, path)
+    samples: dict[str, list[dict[str, Any]]] = {kv: [] for kv in args.kv}
+    for index in range(args.rounds):
+        for kv in args.kv if index % 2 == 0 else reversed(args.kv):
+            command = [sys.executable, __file__, *sys.argv[1:], "--child", str(artifacts[kv])]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            samples[kv].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {index + 1}, {kv}", file=sys.stderr)
+    report(samples, artifacts, print)
+    append(samples, args)
+
+
+if __name__ == "__main__":
+    main()
