@@ -3,8 +3,8 @@
     out, k', v' = cached_attention(q, k, v, k_cache, v_cache, ...)      caches of 8 or 4 bits, with or without scales
 
 After insert_kv_cache, which is held to be exact before anything is rounded. Fixed scales, one per channel, are chosen
-from the keys and values that calibration text leaves in the unrounded cache, all layers in one run; without text, from
-random tokens. Rows that carry their own scales need no text; at 4 bits their keys lose their mean, where nothing else
+from the keys and values that windows of calibration text leave in the unrounded cache; without text, from random
+tokens. Rows that carry their own scales need no text; at 4 bits their keys lose their mean, where nothing else
 in the attention would notice, and are turned by a Hadamard matrix. ``auto`` gives a layer 4 bits where that costs
 little: each is tried alone, and those that cost least are taken while the sum stays within half of the budget.
 """
@@ -32,8 +32,8 @@ from ryzen_compile.program import Program, is_call, module_path, shape
 from ryzen_compile.spec import CacheSlot
 
 cached_attention = torch.ops.ryzen.cached_attention
-LONGEST = 1024  # tokens of a calibration window, within the context
-RANDOM = (4, 256)  # windows and tokens where there is no text
+WINDOWS, LONGEST = 4, 1024  # read one by one: attention's scores over all of them at once would fill the memory
+RANDOM_LENGTH = 256  # of a window where there is no text
 TRIED_ON = 512  # tokens that ``auto`` tries a layer on
 AUTO_SHARE = 0.5  # of the budget that the sum of single layers' costs may reach: together they cost more
 
@@ -87,9 +87,11 @@ class QuantizeKVCache(Pass):
         if self._calibration is not None:
             tokens = self._calibration.flatten()
             length = min(length, len(tokens))
-            return tokens[: len(tokens) // length * length].reshape(-1, length), "calibrated on text"
+            windows = tokens[: len(tokens) // length * length].reshape(-1, length)
+            spread = torch.arange(min(WINDOWS, len(windows))) * len(windows) // min(WINDOWS, len(windows))
+            return windows[spread], "calibrated on text"
         generator = torch.Generator().manual_seed(0)
-        size = (RANDOM[0], min(length, RANDOM[1]))
+        size = (WINDOWS, min(length, RANDOM_LENGTH))
         return torch.randint(program.spec.vocab, size, generator=generator), "calibrated on random tokens"
 
     def _plans(self, program: Program, nodes: Sequence[fx.Node], text: Tensor) -> list[Plan]:
@@ -153,17 +155,27 @@ def _measured(program: Program, nodes: Sequence[fx.Node], text: Tensor, key: Row
     # Measured: where every channel has a scale of its own there is nothing left to spread or to centre.
     centred = key.bits == 4 and key.group > 0
     turned = centred and all(_is_power_of_two(slot.head_dim) for slot in program.slots)
-    plans = {node: Plan(key, value, None, None, turned) for node in nodes}
+    if not centred and key.group and value.group:
+        return [Plan(key, value, None, None)] * len(nodes)
+    plans = []
+    for node, (keys, values) in zip(nodes, _left_by(program, nodes, text), strict=True):
+        mean = keys.mean((0, 2), keepdim=True) if centred and _ignores_constants(node) else None
+        plans.append(Plan(key, value, _scale(keys, key), _scale(values, value), turned, mean))
+    return plans
 
-    def measure(node: fx.Node, result: Any) -> None:
-        if node in plans:
-            keys, values = (rows[:, :, : text.shape[1]] for rows in result[1:])
-            mean = keys.mean((0, 2), keepdim=True) if centred and _ignores_constants(node) else None
-            plans[node] = Plan(key, value, _scale(keys, key), _scale(values, value), turned, mean)
 
-    if centred or not (key.group and value.group):
-        interpret(program, cached_feeds(program, text), [nodes[-1]], watch=measure)
-    return [plans[node] for node in nodes]
+def _left_by(program: Program, nodes: Sequence[fx.Node], text: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values (N, K, T, D) of every layer that the windows ``text`` (N, T) leave in an unrounded cache."""
+    found: dict[fx.Node, list[tuple[Tensor, Tensor]]] = {node: [] for node in nodes}
+
+    def keep(node: fx.Node, result: Any) -> None:
+        if node in found:
+            keys, values = (rows[:, :, : text.shape[1]].clone() for rows in result[1:])
+            found[node].append((keys, values))
+
+    for window in text.split(1):
+        interpret(program, cached_feeds(program, window), [nodes[-1]], watch=keep)
+    return [(torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])) for pairs in found.values()]
 
 
 def _ignores_constants(node: fx.Node) -> bool:

@@ -94,6 +94,9 @@ def test_only_inputs_of_the_graph_are_declared() -> None:
 
 def test_a_short_context_bounds_the_default_length() -> None:
     assert genai_config(replace(SPEC, context=512), inputs=INPUTS)["search"]["max_length"] == 512
+    for window in (256, 8000):  # a buffer shorter than a window is an error
+        wide = genai_config(replace(SPEC, context=32_768), inputs=INPUTS, window=window)
+        assert wide["search"]["max_length"] == max(4096, window)
 
 
 @pytest.mark.parametrize(

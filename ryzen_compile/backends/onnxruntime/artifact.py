@@ -113,7 +113,9 @@ def write(
         special = {
             k: _first_known(k, generation, companions.config) for k in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
-        _dump(stage.path / GENAI_CONFIG_NAME, genai_config(spec, inputs=inputs, generation=generation, **special))
+        window = max((slot.window for slot in slots), default=0)
+        described = genai_config(spec, inputs=inputs, generation=generation, window=window, **special)
+        _dump(stage.path / GENAI_CONFIG_NAME, described)
         if companions.config is not None:
             _dump(stage.path / CONFIG_NAME, companions.config)
         if companions.generation_config is not None:
@@ -125,12 +127,12 @@ def write(
             _dump(stage.path / REPORT_NAME, report.to_json())
             (stage.path / "report.md").write_text(report.to_markdown(), encoding="utf-8")
             (stage.path / "report.html").write_text(report.to_html(), encoding="utf-8")
-        described = {
+        content = {
             **facts,
             "spec": asdict(spec),
             "slots": [asdict(slot) for slot in slots],
         } | ({"motion": motion} if isinstance(motion, str) else {})
-        return stage.commit(lambda directory: write_manifest(directory, described))
+        return stage.commit(lambda directory: write_manifest(directory, content))
 
 
 def read(directory: Path, *, digests: bool = True) -> Artifact:

@@ -54,6 +54,7 @@ def genai_config(
     eos_token_id: int | Iterable[int] | None = None,
     pad_token_id: int | None = None,
     generation: Mapping[str, Any] | None = None,
+    window: int = 0,
     filename: str = "model.onnx",
 ) -> dict[str, Any]:
     """The content of ``genai_config.json``, as a new dictionary.
@@ -61,7 +62,8 @@ def genai_config(
     ``inputs`` are the graph's input names: ``input_ids`` must be there, caches come as pairs ``past_key_values.N.key``
     and ``.value`` (gaps in N are fine), ``attention_mask`` and ``position_ids`` are declared only if present.
     ``generation`` holds the model's generation defaults, of which sampling settings that are not None are taken over;
-    beams are not, because a shared cache buffer serves a single beam. Raises UnsupportedError for an input that genai
+    beams are not, because a shared cache buffer serves a single beam. ``window`` is the largest of the layers whose
+    attention drops old rows by itself: no buffer may be shorter, and genai makes all as long as ``max_length``. Raises UnsupportedError for an input that genai
     would leave without a value and for a cache without its other half.
     """
     present = _known_inputs(inputs)
@@ -93,7 +95,7 @@ def genai_config(
             },
         },
     }
-    return {"model": model, "search": _search(spec, generation or {})}
+    return {"model": model, "search": _search(spec, generation or {}, window)}
 
 
 def known_tokenizer_class(name: object) -> str:
@@ -106,14 +108,14 @@ def known_tokenizer_class(name: object) -> str:
     return name if name.removesuffix("Fast") in _TOKENIZERS or name in _TOKENIZER_BACKENDS else _ANY_TOKENIZER
 
 
-def _search(spec: ModelSpec, generation: Mapping[str, Any]) -> dict[str, Any]:
+def _search(spec: ModelSpec, generation: Mapping[str, Any], window: int) -> dict[str, Any]:
     search = dict(_SEARCH_DEFAULTS)
     for key in _FROM_GENERATION:
         value = generation.get(key)
         if value is not None:
             search[key] = type(_SEARCH_DEFAULTS[key])(value)  # the parser tells 1 from 1.0 and from true
     search["top_k"] = min(search["top_k"], spec.vocab)
-    search["max_length"] = min(MAX_DEFAULT_LENGTH, spec.context)
+    search["max_length"] = max(min(MAX_DEFAULT_LENGTH, spec.context), window)
     search["past_present_share_buffer"] = True
     return search
 
