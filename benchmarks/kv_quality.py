@@ -30,8 +30,9 @@ from quality import MODEL, held_out_text, shown, spread_windows
 
 import ryzen_compile
 from ryzen_compile.api import export, optimize, read_source
-from ryzen_compile.runtime.cache import KVCache, token_bytes
+from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.compiled import CompiledModel
+from ryzen_compile.runtime.layout import token_bytes
 from ryzen_compile.runtime.tokenizer import Tokenizer
 from ryzen_compile.validate.machine import read_machine, read_versions
 from ryzen_compile.validate.quality import EngineScorer, Estimate, ModelScorer, score

@@ -65,6 +65,8 @@ def optimize(
     tokenizer: Any = None,
     verify: bool = True,
     threads: int | None = None,
+    cache_budget_bytes: int | None = None,
+    prefix_bytes: int = 0,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> CompiledModel:
@@ -79,7 +81,7 @@ def optimize(
     activations: a ``.txt`` or ``.jsonl`` file, a directory of such, or "builtin"; a model without a tokenizer is
     quantized without. ``passes`` replaces the recipe's own. ``verify`` runs the parity gate after every pass: one that
     moves the logits beyond rounding is rolled back and named in the report, a lossy one is held to the recipe's budget.
-    ``progress`` hears of every step.
+    ``progress`` hears of every step. ``cache_budget_bytes`` and ``prefix_bytes`` are as in :func:`load`.
 
     The model is left as it was. Raises an error of :mod:`ryzen_compile.errors`.
     """
@@ -108,6 +110,7 @@ def optimize(
         verify=verify,
         progress=progress,
     )
+    _refuse_stream(program, chosen)
     saver: Callable[[Path, bool], None] | None = None
     engine: Engine
     if backend == "onnxruntime":
@@ -127,6 +130,8 @@ def optimize(
         engine,
         motion=_motion(program, engine.slots),
         stream=_stream(chosen),
+        cache_budget_bytes=cache_budget_bytes,
+        prefix_bytes=prefix_bytes,
         report=report,
         config=_config_dict(source.model),
         generation_config=source.generation_config,
@@ -186,6 +191,7 @@ def export(
         verify=verify,
         progress=progress,
     )
+    _refuse_stream(program, chosen)
     _say(progress, "write")
     _write_artifact(target, program, report, chosen, source, force)
     return report
@@ -392,6 +398,18 @@ def _motion(program: Program, slots: Sequence[CacheSlot]) -> tuple[RowShift, ...
         return tuple(widened(shift, slot.head_dim) for shift, slot in zip(row_shifts(program), slots, strict=True))
     except UnsupportedError as error:
         return error.message
+
+
+def _refuse_stream(program: Program, recipe: Recipe) -> None:
+    """Before anything is compiled or written: a window that the model cannot be streamed with."""
+    if recipe.kv.window is None:
+        return
+    from ryzen_compile.runtime.stream import Stream
+
+    motion = _motion(program, program.slots)
+    if isinstance(motion, str):
+        raise UnsupportedError(f"this model cannot generate with a window: {motion}", hint="export it without")
+    Stream(recipe.kv.window, recipe.kv.sinks, motion).check(program.slots, program.spec.context)
 
 
 def _stream(recipe: Recipe) -> tuple[int, int] | None:

@@ -85,8 +85,8 @@ class KVCacheConfig(BaseModel):
     text; with one, each token's row carries a scale for every ``group`` channels. ``bounded`` keeps no more than the
     window of layers that look back over a window only. ``window`` is for endless streams: what is kept of a sequence
     are its first ``sinks`` tokens and at least the ``window`` most recent ones, in every layer (StreamingLLM, Xiao et
-    al., 2023). ``max_kl`` is the parity gate's budget for rounding: mean KL divergence to the captured model, nats per
-    token; without one, what the dtype is known to keep.
+    al., 2023). ``max_kl`` is the parity gate's budget for rounding: mean KL divergence to the model with a float32
+    cache, nats per token; without one, what the dtype is known to keep.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -214,6 +214,8 @@ def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
             )
         else:
             settings["weights"][name] = value
+    if changes.get("sinks") is not None and settings["kv"].get("window") is None:
+        raise ConfigError(f"sinks {changes['sinks']} belong to a window", hint="give a window as well")
     try:
         return Recipe(**settings)
     except ValidationError as error:

@@ -73,12 +73,12 @@ def text_feeds(
     return {node: given[node.name] for node in program.inputs}
 
 
-def cached_feeds(program: Program, ids: Tensor, *, spare: int = 0) -> dict[fx.Node, Tensor]:
+def cached_feeds(program: Program, ids: Tensor) -> dict[fx.Node, Tensor]:
     """What a Program with a cache is fed to read all of ``ids`` (B, T) at once, behind an empty cache.
 
-    The cache has room for ``spare`` more tokens, and a layer's window never is what limits it.
+    A layer's window never is what limits the cache.
     """
-    return text_feeds(program, ids, caches=empty_caches(program, len(ids), ids.shape[1] + spare))
+    return text_feeds(program, ids, caches=empty_caches(program, len(ids), ids.shape[1]))
 
 
 def empty_caches(program: Program, batch: int, capacity: int, *, rolling: bool = False) -> list[Tensor]:

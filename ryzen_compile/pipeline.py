@@ -75,8 +75,8 @@ class Gate(Protocol):
         """(rmse to float64, largest error to float32, whether both are within the budget of an exact pass)."""
 
     def measure_loss(self, program: Program) -> tuple[float, float, float]:
-        """(mean KL divergence to the captured model, the same over the last quarter of a sequence, share of tokens
-        whose most likely successor stays)."""
+        """(mean KL divergence to the reference, the same over the last quarter of a sequence, share of tokens whose
+        most likely successor stays)."""
 
     def rebase(self, program: Program) -> None:
         """Makes ``program`` what later passes are measured against."""

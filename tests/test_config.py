@@ -208,7 +208,8 @@ def test_changes_to_a_cache() -> None:
         ({"kv": ["int8"]}, "kv: expected settings, a mapping or a name, got ['int8']"),
         ({"window": 15}, "kv.window: Input should be greater than or equal to 16, got 15"),
         ({"window": "wide"}, "kv.window: Input should be a valid integer"),
-        ({"sinks": -1}, "kv.sinks: Input should be greater than or equal to 0, got -1"),
+        ({"window": 32, "sinks": -1}, "kv.sinks: Input should be greater than or equal to 0, got -1"),
+        ({"sinks": 9}, "sinks 9 belong to a window; give a window as well"),
     ],
 )
 def test_caches_that_cannot_be_asked_for(changes: dict[str, Any], said: str) -> None:

@@ -25,10 +25,11 @@ from ryzen_compile.config import find_recipe
 from ryzen_compile.errors import UnsupportedError
 from ryzen_compile.manifest import MANIFEST_NAME, read_manifest
 from ryzen_compile.program import Program
-from ryzen_compile.runtime.cache import KVCache, droppable
+from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.compiled import CompiledModel
 from ryzen_compile.runtime.engine import Engine
 from ryzen_compile.runtime.generate import GenerationStats
+from ryzen_compile.runtime.layout import droppable
 from tests.model_directory import case_named, listing, shared_artifact
 from tests.zoo import VOCAB, WINDOW, build
 

@@ -88,10 +88,10 @@ def export(
 
 def _cache_line(out: Path) -> str:
     """What a token of a sequence costs in the artifact's cache, and what a sequence costs at the least."""
+    from ryzen_compile.backends.onnxruntime.artifact import slots_of
     from ryzen_compile.manifest import read_manifest
     from ryzen_compile.runtime.layout import fixed_bytes, token_bytes
-    from ryzen_compile.spec import CacheSlot
 
-    slots = [CacheSlot(**slot) for slot in read_manifest(out)["slots"]]
+    slots = slots_of(read_manifest(out))
     line = f"{token_bytes(slots)} bytes per token"
     return f"{line}, and {fixed_bytes(slots)} per sequence for windows" if fixed_bytes(slots) else line

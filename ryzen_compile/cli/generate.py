@@ -23,7 +23,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Stop after this text; may be repeated.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     window: Annotated[
-        int | None, typer.Option(help="Generate without end: keep this many recent tokens, and the sinks.")
+        int | None, typer.Option(help="Go on beyond the context: keep this many recent tokens, and the sinks.")
     ] = None,
     sinks: Annotated[int | None, typer.Option(help="First tokens that a window keeps; default: 4.")] = None,
     prompt_cache: Annotated[
@@ -38,9 +38,11 @@ def generate(
     import numpy as np
 
     from ryzen_compile.api import load
-    from ryzen_compile.errors import ArtifactError
+    from ryzen_compile.errors import ArtifactError, UsageError
     from ryzen_compile.runtime.generate import GenerationStats
 
+    if window is not None and (prompt_cache is not None or save_prompt_cache is not None):
+        raise UsageError("a window does not keep whole prompts", hint="give either --window or a prompt cache")
     text = sys.stdin.read() if prompt is None else prompt
     sampling = {
         "top_k": top_k,
@@ -65,7 +67,7 @@ def generate(
         if prompt_cache is not None:
             given["prompt_cache"] = model.load_prompt_cache(prompt_cache)
         if save_prompt_cache is not None:
-            given["prompt_cache"] = model.read_prompt(ids)
+            given["prompt_cache"] = model.read_prompt(ids, prompt_cache=given.get("prompt_cache"))
             model.save_prompt_cache(save_prompt_cache, given["prompt_cache"])
         result = model.generate(ids, max_new_tokens=max_new_tokens, streamer=printer, stats=stats, **given)
         new = result[0, stats.prompt_tokens :].tolist()  # an empty prompt has become BOS
@@ -90,12 +92,15 @@ def generate(
 
 
 class _Printer:
-    """Prints text as soon as it can no longer change: a character may need several tokens."""
+    """Prints text as soon as it can no longer change: a character may need several tokens.
+
+    Only the last tokens are decoded again, from one whose text is settled, so that a long text costs no more per token.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._shown = 0
+        self._settled = 0  # of the ids: those whose text is shown
         self._prompt_seen = False
 
     def put(self, value: Any) -> None:
@@ -103,15 +108,21 @@ class _Printer:
             self._prompt_seen = True
             return
         self._ids.extend(int(i) for i in value.reshape(-1))
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            self._write(text)
+        self._show(final=False)
 
     def end(self) -> None:
-        self._write(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        self._show(final=True)
         typer.echo()
 
-    def _write(self, text: str) -> None:
-        typer.echo(text[self._shown :], nl=False)
+    def _show(self, *, final: bool) -> None:
+        before, text = self._decoded(self._ids[: self._settled]), self._decoded(self._ids)
+        if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
+            return
+        typer.echo(text[len(before) :], nl=False)
         sys.stdout.flush()
-        self._shown = len(text)
+        # Behind another token, not first: some tokenizers drop a space at the beginning of a text.
+        self._ids = self._ids[self._settled :]
+        self._settled = len(self._ids)
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -55,7 +55,7 @@ class Pass(ABC):
 
     name: ClassVar[str]
     promise: ClassVar[Promise] = "exact"
-    max_kl: float = 0.0  # a lossy pass's budget: mean KL divergence to the captured model, nats per token
+    max_kl: float = 0.0  # a lossy pass's budget: mean KL divergence to the model before it, nats per token
     produces: ClassVar[frozenset[str]] = frozenset()
     required: ClassVar[bool] = False  # without it nothing can run: a failure is an error
     works_on: ClassVar[str] = "such operator"  # what a required pass rewrites, in words

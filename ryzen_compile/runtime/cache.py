@@ -23,14 +23,11 @@ from ryzen_compile.runtime.layout import (
     cache_bytes,
     check_fits,
     droppable,
-    fixed_bytes,
     position_bytes,
     row_layout,
     token_bytes,
 )
 from ryzen_compile.spec import CacheSlot
-
-__all__ = ["Account", "KVCache", "droppable", "fixed_bytes", "physical_memory_bytes", "token_bytes"]
 
 
 class Account(Protocol):
@@ -51,10 +48,11 @@ class KVCache:
 
     ``lengths`` ``(B,)`` int64 is how many tokens each row has seen; ``keys[i]`` and ``values[i]`` belong to
     ``slots[i]``, which holds ``slots[i].resident(length)`` of them. ``limit`` is the model's context, which
-    ``capacity`` never exceeds (None: unlimited). ``budget_bytes`` bounds keys and values together (None: the machine's
-    physical memory, where it can be asked for), ``account`` what several caches may take; a request beyond either
-    raises ``MemoryLimitError`` before anything is allocated. Buffers start as zeros, not garbage: an attention that
-    multiplies unwritten positions by a probability of zero must not meet a NaN there.
+    ``capacity`` never exceeds (None: unlimited). ``revision`` changes with the buffers. ``budget_bytes`` bounds keys
+    and values together (None: the machine's physical memory, where it can be asked for), ``account`` what several
+    caches may take; a request beyond either raises ``MemoryLimitError`` before anything is allocated. Buffers start as
+    zeros, not garbage: an attention that multiplies unwritten positions by a probability of zero must not meet a NaN
+    there.
     """
 
     def __init__(
@@ -80,6 +78,7 @@ class KVCache:
         self.keys: list[np.ndarray] = []
         self.values: list[np.ndarray] = []
         self.capacity = capacity
+        self.revision = 0
         self._account = account
         self._is_view = False
         self._shares_pages = np.zeros(batch, dtype=np.bool_)
@@ -151,6 +150,7 @@ class KVCache:
         capacity = self._rounded(self.batch, tokens, self.chunk, self._budget())
         self._ask(cache_bytes(self.slots, self.batch, capacity) - self.bytes)
         held = int(self.lengths.max())
+        self.revision += 1  # first, or whoever bound a buffer that is replaced would not learn of it if growing fails
         # One slot at a time, so that no more than one slot exists twice while growing.
         for index, slot in enumerate(self.slots):
             if not slot.rows:
@@ -197,27 +197,27 @@ class KVCache:
         view.values = [value[picked] for value in self.values]
         return view
 
-    def fork(self, copies: int, *, room: int = 0) -> KVCache:
+    def fork(self, copies: int, *, room: int | None = None) -> KVCache:
         """This cache, of batch 1, copied to ``copies`` independent rows; as ``select`` with that row repeated."""
         if self.batch != 1:
             raise UsageError(f"fork copies a cache of one row, this one has {self.batch}", hint="use select")
         return self.select([0] * copies, room=room)
 
-    def select(self, rows: Sequence[int] | np.ndarray, *, room: int = 0) -> KVCache:
+    def select(self, rows: Sequence[int] | np.ndarray, *, room: int | None = None) -> KVCache:
         """A new cache whose row i is a copy of this one's row ``rows[i]``: reorders, drops or repeats rows.
 
-        It has at least this one's capacity, and room for ``room`` tokens more than the longest row picked holds. Rows
+        It has room for ``room`` tokens more than the longest row picked holds (None: this one's capacity). Rows
         that are repeated share their pages until they are written, where the system can do so (``pages.copy_rows``);
         the capacity is rounded up to whole pages for it if that adds no more than an eighth.
         """
         wanted = np.asarray(rows, dtype=np.int64)
         if wanted.ndim != 1 or not wanted.size or wanted.min() < 0 or wanted.max() >= self.batch:
             raise UsageError(f"rows must be one or more numbers from 0 to {self.batch - 1}, got {list(rows)!r}")
-        if room < 0:
+        if room is not None and room < 0:
             raise UsageError(f"room is a number of tokens >= 0, got {room}")
         picked = self._derive(self.lengths[wanted], np.bincount(wanted)[wanted] > 1, is_view=False)
         longest = int(picked.lengths.max())
-        picked.capacity = self._capacity_of_copies(picked, longest + room)
+        picked.capacity = self._capacity_of_copies(picked, self.capacity if room is None else longest + room)
         picked._ask(cache_bytes(self.slots, picked.batch, picked.capacity))
         for slot, *buffers in zip(self.slots, self.keys, self.values, strict=True):
             # A rolling slot holds all of a shorter row wherever it holds less of a longer one.
@@ -241,10 +241,10 @@ class KVCache:
 
     def _capacity_of_copies(self, copies: KVCache, tokens: int) -> int:
         """What ``select`` gives its result, which is not allocated yet and must hold ``tokens`` tokens."""
-        copies.require(max(tokens, self.capacity))
+        copies.require(tokens)
         budget = copies._budget()
-        capacity = self.capacity
-        if tokens > capacity:
+        capacity = tokens
+        if tokens != self.capacity:
             capacity = self._rounded(copies.batch, tokens, self.chunk, budget)
         if copies._shares_pages.any():
             step = pages.whole_pages(size for slot in self.slots if not slot.rows for size in position_bytes(slot))

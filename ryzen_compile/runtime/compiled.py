@@ -8,6 +8,7 @@ business, how a directory is written is the ``saver``'s.
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,8 +71,11 @@ class CompiledModel:
         self._saver = saver
         self._motion = motion
         self._identity = identity
+        self._name = identity or f"in memory {secrets.token_hex(8)}"  # what cached rows belong to
         self.stream = None if stream is None else self._streamed(*stream)
         self.pool = CachePool(engine.slots, limit=engine.spec.context, budget_bytes=cache_budget_bytes)
+        if prefix_bytes and self.stream is not None:
+            raise UsageError("prefix_bytes is of no use to a model made with a window, which keeps no whole prompts")
         self.prefixes = PrefixStore(engine.slots, budget_bytes=prefix_bytes) if prefix_bytes else None
         if self.prefixes is not None:
             self.pool.register(self.prefixes)
@@ -104,9 +108,9 @@ class CompiledModel:
                 return as_input(input_ids, np.zeros((0, tokens, spec.vocab), dtype=np.float32))
             if tokens > spec.context:
                 raise PromptError(f"prompt of {tokens} tokens exceeds the model's context of {spec.context} tokens")
-            cache = KVCache(self.engine.slots, batch, tokens, limit=spec.context)
-            # A copy: the engine may reuse its output, and this one outlives the lock.
-            return as_input(input_ids, self.engine.step(np.ascontiguousarray(ids), cache).copy())
+            with self.pool.borrowed(batch, tokens) as cache:
+                # A copy: the engine may reuse its output, and this one outlives the lock.
+                return as_input(input_ids, self.engine.step(np.ascontiguousarray(ids), cache).copy())
 
     def generate(self, input_ids: Any = None, attention_mask: Any = None, **arguments: Any) -> Any:
         """``runtime.generate.generate`` on this model, with its tokenizer and generation defaults.
@@ -120,6 +124,7 @@ class CompiledModel:
             stream = self._streamed(window, DEFAULT_SINKS if sinks is None else sinks)
         elif sinks is not None:
             raise PromptError(f"sinks={sinks!r} belong to a window", hint="give window as well")
+        self._own(arguments.get("prompt_cache"))
         arguments |= {"pool": self.pool, "prefixes": self.prefixes, "stream": stream}
         arguments.setdefault("tokenizer", self.tokenizer)
         own, given = config_values(self.generation_config), config_values(arguments.pop("generation_config", None))
@@ -130,30 +135,39 @@ class CompiledModel:
     def memory_breakdown(self, *, batch: int = 1, tokens: int = 0) -> MemoryBreakdown:
         """What a cache of ``batch`` rows of ``tokens`` tokens takes, by layer and kind, and what a token costs.
 
-        Nothing is kept; rows that are not written take no memory while it is counted.
+        Of a model that was made with a window, what one takes for ever. Nothing is kept; rows that are not written take
+        no memory while it is counted.
         """
+        tokens = tokens if self.stream is None else self.stream.capacity
         cache = KVCache(self.engine.slots, batch, tokens, limit=self.engine.spec.context)
         cache.lengths[:] = tokens
         return cache.memory_breakdown()
 
-    def read_prompt(self, input_ids: Any) -> PromptCache:
+    def read_prompt(self, input_ids: Any, *, prompt_cache: PromptCache | None = None) -> PromptCache:
         """The rows of one prompt ``(T,)`` or ``(1, T)``, for ``generate(..., prompt_cache=)`` and
-        ``save_prompt_cache``."""
+        ``save_prompt_cache``; what ``prompt_cache`` holds of its beginning is not read again.
+
+        It counts as memory in use while it is kept. Raises ``PromptError`` and ``MemoryLimitError`` as ``generate``.
+        """
+        self._own(prompt_cache)
         with self._entered("read_prompt"):
             spec = self.engine.spec
-            rows = read_prompt(input_ids, None, Settings(None, {}, spec.vocab)).rows()
+            rows = read_prompt(input_ids, None, Settings(self.generation_config, {}, spec.vocab)).rows()
             if len(rows) != 1:
                 raise PromptError(f"a prompt cache holds one prompt, got {len(rows)}")
+            tokens = np.array(rows[0], dtype=np.int64)
             cache = KVCache(self.engine.slots, 1, 0, limit=spec.context, account=self.pool)
-            cache.reserve(len(rows[0]))
-            read(self.engine, cache, rows[0])
-            return PromptCache(cache, np.array(rows[0], dtype=np.int64))
+            cache.reserve(len(tokens))
+            known = 0 if prompt_cache is None else prompt_cache.fill(cache, tokens)
+            read(self.engine, cache, rows[0], known=known)
+            return PromptCache(cache, tokens, self._name)
 
     def save_prompt_cache(self, path: str | os.PathLike[str], prompt: PromptCache) -> None:
         """Write what ``read_prompt`` returned to a safetensors file that only this artifact reads again.
 
         Raises ``UsageError`` for a model that was not loaded from an artifact, and as the module ``prompt_cache`` says.
         """
+        self._own(prompt)
         save_prompt_cache(path, prompt.row, prompt.tokens, self._artifact("save_prompt_cache"))
 
     def load_prompt_cache(self, path: str | os.PathLike[str]) -> PromptCache:
@@ -185,6 +199,9 @@ class CompiledModel:
         with self._entered("close", even_closed=True):
             if not self._closed:
                 self._closed = True
+                self.pool.clear()
+                if self.prefixes is not None:
+                    self.prefixes.clear()
                 self.engine.close()
 
     def __enter__(self) -> Self:
@@ -201,6 +218,14 @@ class CompiledModel:
         stream = Stream(integer("window", window, 1), integer("sinks", sinks, 0), self._motion)
         stream.check(self.engine.slots, self.engine.spec.context)
         return stream
+
+    def _own(self, prompt: object) -> None:
+        """Refuses a prompt cache that another model computed: its rows mean nothing here."""
+        if prompt is not None and not (isinstance(prompt, PromptCache) and prompt.identity == self._name):
+            whose = f"of {prompt.identity!r}" if isinstance(prompt, PromptCache) else f"{prompt!r}"
+            raise PromptError(
+                f"prompt_cache is {whose}, this model is {self._name!r}", hint="read the prompt with this model"
+            )
 
     def _artifact(self, what: str) -> str:
         if self._identity is None:

@@ -22,7 +22,8 @@ class Engine(Protocol):
 
     ``slots`` lays out the cache that ``step`` reads and writes. ``all_logits`` says whether ``step`` returns the logits
     of every new token, ``(B, T, V)``, or of the last one only, ``(B, 1, V)``. Steps of ``prompt_from`` tokens and more
-    compute a token's row alike, whatever else is in the step; smaller ones may round otherwise.
+    compute a token's row alike, whatever else is in the step, but for the last bits of a float32 sum; smaller ones may
+    use another form of the weights.
     """
 
     name: str

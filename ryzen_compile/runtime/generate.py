@@ -20,6 +20,7 @@ from ryzen_compile.errors import PromptError
 from ryzen_compile.runtime.arguments import Prompt, Settings, as_input, read_prompt
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import Engine
+from ryzen_compile.runtime.layout import check_fits
 from ryzen_compile.runtime.pool import CachePool
 from ryzen_compile.runtime.prefix import PrefixStore
 from ryzen_compile.runtime.prompt_cache import PromptCache
@@ -94,9 +95,9 @@ def generate(
     ``kwargs`` are the names in ``ACCEPTED``; they override ``generation_config``. Rows that end early are filled with
     the pad token (default: EOS); without either they run on until all are finished, as in transformers.
 
-    The cache is lent by ``pool`` (default: one for this call, of ``cache_budget_bytes``). What ``prompt_cache`` or
-    ``prefixes`` hold of a prompt's beginning is copied, and ``prefixes`` learns what was computed. With a ``stream`` a
-    sequence has no end: the cache keeps its first tokens and its last ones, and nothing is reused.
+    The cache is lent by ``pool`` (default: one for this call) and takes at most ``cache_budget_bytes``. What
+    ``prompt_cache`` or ``prefixes`` hold of a prompt's beginning is copied, and ``prefixes`` learns what was computed.
+    With a ``stream`` a sequence has no end: the cache keeps its first tokens and its last ones, and nothing is reused.
 
     Raises ``PromptError`` for whatever is out of range, contradictory, unknown or too long for the context,
     ``MemoryLimitError`` when the cache would exceed its budget, ``NumericalError`` when logits are not finite.
@@ -128,8 +129,8 @@ def generate(
     strings = StopStrings(settings.get("stop_strings"), tokenizer)
     windows = [strings.start(own) for own in prompt.rows() for _ in range(settings.copies)] if strings else []
     tracker = StopTracker(rows, eos=settings.eos, windows=windows, criteria=list(stopping_criteria or ()))
-    if pool is None or cache_budget_bytes is not None:
-        pool = CachePool(engine.slots, limit=context, budget_bytes=cache_budget_bytes)
+    if pool is None:
+        pool = CachePool(engine.slots, limit=context)
     show = None if streamer is None else _shower(streamer, input_ids)
     known = prefixes if stream is None else None
     reuse = Reuse([source for source in (known, prompt_cache) if source is not None], known)
@@ -137,7 +138,9 @@ def generate(
     longest = prompt.longest + limit - 1  # the last token chosen is never stepped
     room = prompt.longest + min(limit - 1, INITIAL_ROOM) if stream is None else stream.capacity
     # Now, so that no run dies of memory in the middle; copies are made while the prompts' own rows are still held.
-    pool.require(rows + (len(prompt.ids) if settings.copies > 1 else 0), longest if stream is None else room)
+    most, held = longest if stream is None else room, rows + (len(prompt.ids) if settings.copies > 1 else 0)
+    check_fits(engine.slots, held, most, limit=context, budget=cache_budget_bytes, shared=False)
+    pool.require(held, most)
     with pool.borrowed(len(prompt.ids), room) as cache:
         logits = run.prefill(cache, chunk)
         pool.ask(cache, 0)  # what was learned of the prompts shares the budget
@@ -173,11 +176,9 @@ def read(
     """Steps a prompt, ``chunk`` tokens at a time, into a row that holds its first ``known`` tokens and has room for the
     rest; returns the logits ``(V,)`` that follow it."""
     tokens = np.array([prompt], dtype=np.int64)
+    most = chunk if stream is None else stream.slack
     while known < len(prompt):
-        size = min(chunk, len(prompt) - known)
-        left = len(prompt) - known - size
-        if 0 < left < engine.prompt_from < size:
-            size -= engine.prompt_from - left  # so that the last step is no smaller one
+        size = _part(len(prompt) - known, chunk, engine.prompt_from, most)
         part = np.ascontiguousarray(tokens[:, known : known + size])
         if stream is not None:
             stream.make_room(row, size)
@@ -185,6 +186,18 @@ def read(
         row.advance(size)
         known += size
     return logits.copy()  # as the engine may reuse its output
+
+
+def _part(left: int, chunk: int, least: int, most: int) -> int:
+    """How many of ``left`` tokens to step next: ``chunk``, or less or more of them so that no step is left with fewer
+    than ``least``; never above ``most``, which may force one."""
+    size = min(chunk, left)
+    rest = left - size
+    if not 0 < rest < least:
+        return size
+    if left >= 2 * least:
+        return left - least
+    return left if left <= most else size
 
 
 class _Run:
@@ -214,7 +227,8 @@ class _Run:
         self.reuse = reuse
         self.stream = stream
         self.columns = prompt.ids.shape[1]
-        self.ids = np.repeat(np.pad(prompt.ids, ((0, 0), (0, limit))), settings.copies, axis=0)
+        self.width = self.columns + limit
+        self.ids = np.repeat(np.pad(prompt.ids, ((0, 0), (0, min(limit, INITIAL_ROOM)))), settings.copies, axis=0)
         self.starts = np.repeat(prompt.starts, settings.copies)
         stats.prompt_tokens, stats.new_tokens = int((self.columns - prompt.starts).sum()), 0
         stats.reused_tokens = 0
@@ -231,7 +245,9 @@ class _Run:
 
     def copied(self, cache: KVCache) -> KVCache:
         """A row for every sequence; those of one prompt share its pages until they are written."""
-        room = 0 if self.stream is not None else min(self.ids.shape[1] - self.columns, INITIAL_ROOM)
+        room = min(self.width - self.columns, INITIAL_ROOM)
+        if self.stream is not None:
+            room = self.stream.capacity - int(cache.lengths.max())
         return cache.select(np.repeat(np.arange(cache.batch), self.copies), room=room)
 
     def _read(self, row: KVCache, prompt: list[int], chunk: int) -> np.ndarray:
@@ -241,12 +257,13 @@ class _Run:
         known = self.reuse.fill(row, tokens[: max(1, len(tokens) - self.engine.prompt_from + 1)])
         self.stats.reused_tokens += known
         logits = read(self.engine, row, prompt, known=known, chunk=chunk, stream=self.stream)
-        self.reuse.learn(row, tokens)
+        if min(chunk, len(tokens) - known) >= self.engine.prompt_from:  # else it was computed in another way
+            self.reuse.learn(row, tokens)
         return logits
 
     def decode(self, cache: KVCache, logits: np.ndarray, began: float) -> None:
         """Choose and step until every row is done or ``ids`` is full, from the ``logits`` ``(B, V)`` of the prompts."""
-        rows, width = self.ids.shape
+        rows, width = len(self.ids), self.width
         tokens = np.empty((rows, 1), dtype=np.int64)
         first = self.columns
         is_over = self._take(logits, 0)
@@ -282,6 +299,8 @@ class _Run:
         chosen = self.chooser.choose(logits, step, self.ids[:, : self.columns], self.starts, skipped)
         if is_padding:
             chosen[done] = self.pad
+        if self.columns == self.ids.shape[1]:
+            self.ids = np.pad(self.ids, ((0, 0), (0, min(self.columns, self.width - self.columns))))
         self.ids[:, self.columns] = chosen
         self.columns += 1
         is_over = self.tracker.update(chosen, self.ids[:, : self.columns])

@@ -19,6 +19,8 @@ from ryzen_compile.runtime.cache import KVCache, physical_memory_bytes
 from ryzen_compile.runtime.layout import check_fits
 from ryzen_compile.spec import CacheSlot
 
+IDLE_BYTES = 1 << 30  # kept at most for the next borrower, however large the budget
+
 
 class Holder(Protocol):
     """Something that keeps keys and values of its own and can let go of them."""
@@ -47,8 +49,8 @@ class CachePool:
     """Caches of one layout: ``slots``, ``limit`` and ``chunk`` are those of ``KVCache``.
 
     ``budget_bytes`` bounds live caches, idle ones and registered holders together (None: the machine's physical
-    memory, where it can be asked for). Idle caches take at most ``idle_share`` of it, a quarter unless said otherwise;
-    where the budget is not known, one cache is kept.
+    memory, where it can be asked for). Idle caches take at most ``idle_share`` of it, a quarter unless said otherwise,
+    and 1 GiB; where the budget is not known, one cache is kept.
     """
 
     def __init__(
@@ -76,7 +78,8 @@ class CachePool:
 
         Raises as ``acquire`` does, short of asking the holders.
         """
-        check_fits(self.slots, batch, tokens, limit=self.limit, budget=self.available, shared=True)
+        shared = self.available != self.budget_bytes
+        check_fits(self.slots, batch, tokens, limit=self.limit, budget=self.available, shared=shared)
 
     def acquire(self, batch: int, tokens: int) -> KVCache:
         """An empty cache of ``batch`` rows with room for ``tokens`` tokens each, to be given to ``release``.
@@ -108,6 +111,7 @@ class CachePool:
             raise UsageError("this cache was not lent by this pool, or was released before")
         self._live.discard(cache)
         most = cache.bytes if self.budget_bytes is None else int(self.budget_bytes * self.idle_share)
+        most = min(most, IDLE_BYTES)
         if cache.bytes > most:
             return
         self._idle.append(cache)
@@ -124,6 +128,10 @@ class CachePool:
             self._live.discard(cache)
             raise
         self.release(cache)
+
+    def clear(self) -> None:
+        """Let go of all idle caches."""
+        self._idle.clear()
 
     def register(self, holder: Holder) -> None:
         """Let ``holder`` share the budget; those registered first are asked first to give back."""

@@ -31,13 +31,15 @@ from ryzen_compile.spec import CacheSlot
 
 @dataclass(frozen=True, eq=False)
 class PromptCache:
-    """``row``, a cache of batch 1, and the ``tokens`` ``(T,)`` that it holds, one or more.
+    """``row``, a cache of batch 1, the ``tokens`` ``(T,)`` that it holds, one or more, and whose rows they are.
 
-    Raises UsageError when they do not belong together.
+    ``identity`` is that of the artifact, or of a model in memory. Raises UsageError when row and tokens do not belong
+    together.
     """
 
     row: KVCache
     tokens: np.ndarray
+    identity: str
 
     def __post_init__(self) -> None:
         ids, held = self.tokens, self.row.lengths.tolist()
@@ -81,7 +83,7 @@ def save_prompt_cache(
     not finite), ResourceError (the file cannot be written).
     """
     path = Path(path).expanduser()
-    ids = PromptCache(row, np.asarray(tokens)).tokens.astype(np.int64)
+    ids = PromptCache(row, np.asarray(tokens), identity).tokens.astype(np.int64)
     if not identity:
         raise UsageError("a prompt cache needs the identity of the artifact that computed it")
     digest = hashlib.sha256(ids.data)
@@ -135,7 +137,7 @@ def load_prompt_cache(
         if not _is_finite(facts, rows):
             raise ArtifactError(f"{shown_path(path)}: {facts.name} holds numbers that are not finite", hint=AGAIN)
     row.lengths[0] = tokens
-    return PromptCache(row, ids)
+    return PromptCache(row, ids, identity)
 
 
 def _heads(row: KVCache, tokens: int) -> Iterator[tuple[StoredRows, np.ndarray]]:

@@ -58,7 +58,7 @@ class Stream:
         if any(slot.window for slot in slots):
             raise UnsupportedError(
                 "layers of this model keep a window of their own and drop older rows by themselves",
-                hint="export it with a window, or with kv.bounded false",
+                hint="export it with a window of that kind (--window)",
             )
 
     def make_room(self, cache: KVCache, tokens: int) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from ryzen_compile.errors import UsageError
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import Engine
+from ryzen_compile.runtime.layout import droppable
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,11 @@ class _Subject:
     def _rewind(self) -> None:
         # The last context token is run again, not only forgotten up to: an engine that has to rebuild or move its state
         # after a truncation does so here. The first time, the whole context runs.
-        self.cache.truncate(max(0, self.workload.depth - 1))
+        kept = max(0, self.workload.depth - 1)
+        seen = int(self.cache.lengths[0])
+        if any(droppable(slot, seen) < seen - kept for slot in self.cache.slots):
+            kept = 0  # a layer with a window has dropped rows that the context needs
+        self.cache.truncate(kept)
         held = int(self.cache.lengths[0])
         if held < self.workload.depth:
             self.engine.step(self.context[:, held:], self.cache)

@@ -6,7 +6,7 @@ tested. It blames the rewrite, not rounding. A cached Program is run as it will 
 chunk, single tokens, each row on its own length, so a cache that is off by one is seen too.
 
 A lossy pass is held to a divergence instead, on text where there is some; once accepted, what it made is the reference
-for the passes after it, so that theirs are still blamed for rounding only.
+for the passes after it, so that each is blamed for its own rounding only.
 """
 
 from __future__ import annotations
@@ -41,30 +41,28 @@ class ParityGate:
 
     def __init__(self, captured: Program, *, text: Tensor | None = None, seed: int = 0) -> None:
         self._ids = _probe_ids(captured, seed)
-        self._captured = captured
         self._text = self._ids if text is None else text
         self.rebase(captured)
 
     def rebase(self, program: Program) -> None:
-        """Makes ``program`` the reference of ``measure``; one with a cache gives logits for all tokens still."""
+        """Makes ``program`` the reference from now on; one with a cache gives logits for all tokens still."""
+        self._reference = program
         self._single, _ = logits_of(program, self._ids)
         self._double, _ = logits_of(program, self._ids, double=True)
         self._scale = max(1.0, float(self._double.square().mean().sqrt()))
         self.reference_rmse = _rmse(self._single, self._double)
 
     def measure_loss(self, program: Program) -> tuple[float, float, float]:
-        """(mean KL divergence to the captured model in nats per token, the same over the last quarter of a sequence,
-        share of tokens whose most likely successor stays).
+        """(mean KL divergence to the reference in nats per token, the same over the last quarter of a sequence, share
+        of tokens whose most likely successor stays): what a lossy pass loses by itself.
 
         A Program with a cache reads one long sequence, all the text up to the context, through it.
         """
-        if not program.slots:
-            text = first_tokens(self._text, TEXT_TOKENS)
-            reference, logits = (full_logits(p, text) for p in (self._captured, program))
-        else:
+        if program.slots:
             text = self._text.flatten()[None, : min(LONG_TEXT, program.spec.context)]
-            reference = full_logits(self._captured, text)
-            logits = interpret(program, cached_feeds(program, text), [program.outputs[0]])[0]
+        else:
+            text = first_tokens(self._text, TEXT_TOKENS)
+        reference, logits = (_read_at_once(p, text) for p in (self._reference, program))
         late = slice(reference.shape[1] - max(1, reference.shape[1] // 4), None)
         kl, top1 = mean_divergence(reference, logits)
         return kl, mean_divergence(reference[:, late], logits[:, late])[0], top1
@@ -136,6 +134,13 @@ def _probe_ids(program: Program, seed: int) -> Tensor:
 def full_logits(program: Program, ids: Tensor, *, double: bool = False) -> Tensor:
     """(B, T, V) logits of an uncached Program on ``ids`` (B, T), positions from zero."""
     logits: Tensor = interpret(program, text_feeds(program, ids), [program.outputs[0]], double=double)[0]
+    return logits
+
+
+def _read_at_once(program: Program, ids: Tensor) -> Tensor:
+    """(B, T, V) logits, through the cache where there is one."""
+    feeds = cached_feeds(program, ids) if program.slots else text_feeds(program, ids)
+    logits: Tensor = interpret(program, feeds, [program.outputs[0]])[0]
     return logits
 
 

@@ -39,7 +39,7 @@ SHIFTS = (
     RowShift(RowFormat(), 16, 10000.0 ** -(np.arange(8) / 8)),
     RowShift(RowFormat(8), 6, np.array([0.1, 1e-9, 3.0]), True, scales(SLOTS[1])),
     RowShift(RowFormat(4), 8, np.array([0.25]), scale=scales(SLOTS[2])),
-    RowShift(RowFormat(4, 16), 32, np.arange(5) / 7, turned=True),
+    RowShift(RowFormat(4, 16), 32, np.arange(5) / 7),
     RowShift(RowFormat(), 7, np.empty(0)),
 )
 
@@ -55,12 +55,7 @@ def test_what_was_written_comes_back(written: Path) -> None:
     found = read_shifts(written, SLOTS)
     assert len(found) == len(SHIFTS)
     for one, other in zip(found, SHIFTS, strict=True):
-        assert (one.form, one.dim, one.interleaved, one.turned) == (
-            other.form,
-            other.dim,
-            other.interleaved,
-            other.turned,
-        )
+        assert (one.form, one.dim, one.interleaved) == (other.form, other.dim, other.interleaved)
         assert one.frequencies.dtype == np.float64 and one.frequencies.tobytes() == other.frequencies.tobytes()
         assert (one.scale is None) == (other.scale is None)
         if one.scale is not None and other.scale is not None:
@@ -93,6 +88,8 @@ def replaced(i: int, **changes: Any) -> tuple[RowShift, ...]:
         (replaced(1, scale=None), r"layer 1 needs scales \(1, 3, 1, 6\)"),
         (replaced(1, scale=np.ones((1, 3, 1, 8), np.float32)), r"layer 1 needs scales \(1, 3, 1, 6\)"),
         (replaced(2, scale=np.zeros((1, 1, 1, 8), np.float32)), "layer 4 needs scales"),
+        (replaced(3, turned=True), "keys of layer 5 are turned or centred"),
+        (replaced(3, mean=np.zeros((1, 2, 1, 32), np.float32)), "keys of layer 5 are turned or centred"),
     ],
 )
 def test_what_does_not_fit_the_slots_is_not_written(tmp_path: Path, shifts: tuple[RowShift, ...], message: str) -> None:
@@ -105,7 +102,7 @@ def forge(directory: Path, *, facts: Any = None, form: str | None = FORMAT, **te
     """Writes the file anew, as somebody who knows the format: the header is right, the content differs."""
     path = directory / CACHE_NAME
     found = load_file(path) | {name.replace("_", "."): value for name, value in tensors.items()}
-    kept = [{"interleaved": shift.interleaved, "turned": shift.turned} for shift in SHIFTS]
+    kept = [{"interleaved": shift.interleaved} for shift in SHIFTS]
     metadata = {"slots": facts if isinstance(facts, str) else json.dumps(kept if facts is None else facts)}
     if form is not None:
         metadata["format"] = form
@@ -124,9 +121,9 @@ def altered(values: np.ndarray | None, value: float) -> np.ndarray:
     [
         ({"form": "ryzen_compile.cache/2"}, f"is not {FORMAT} of 5 layers; export the model again"),
         ({"form": None}, f"is not {FORMAT}"),
-        ({"facts": [{"interleaved": False, "turned": False}] * 4}, "of 5 layers"),
-        ({"facts": [{"interleaved": False, "turned": False}] * 6}, "of 5 layers"),
-        ({"facts": [{"interleaved": False}] * 5}, "cannot be read: 'turned'"),
+        ({"facts": [{"interleaved": False}] * 4}, "of 5 layers"),
+        ({"facts": [{"interleaved": False}] * 6}, "of 5 layers"),
+        ({"facts": [{"turned": False}] * 5}, "cannot be read: 'interleaved'"),
         ({"facts": [1] * 5}, "cannot be read"),
         ({"facts": 7}, "cannot be read"),
         ({"facts": "{"}, "cannot be read"),
@@ -193,7 +190,7 @@ def relist(directory: Path, **changes: Any) -> None:
 def two_layers(**changes: np.ndarray) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
         tensors = load_file(directory / CACHE_NAME) | {k.replace("_", "."): v for k, v in changes.items()}
-        facts = json.dumps([{"interleaved": False, "turned": False}] * 2)
+        facts = json.dumps([{"interleaved": False}] * 2)
         save_file(tensors, directory / CACHE_NAME, metadata={"format": FORMAT, "slots": facts})
         relist(directory)
 

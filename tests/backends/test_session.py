@@ -16,6 +16,7 @@ from ryzen_compile.backends.eager import EagerEngine
 from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend
 from ryzen_compile.backends.onnxruntime.session import OrtEngine, SessionOptions
 from ryzen_compile.errors import ArtifactError, UnsupportedError, UsageError
+from ryzen_compile.runtime import cache as runtime_cache
 from ryzen_compile.runtime.cache import KVCache
 
 ONE = SessionOptions(threads=1)
@@ -247,3 +248,30 @@ def test_a_program_without_a_cache_is_refused(plain_program, tmp_path):
     with pytest.raises(UsageError, match="no key/value cache; run insert_kv_cache first"):
         OnnxRuntimeBackend().write(program, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_whose_growth_failed_halfway_is_bound_anew(decoder, engine, monkeypatch) -> None:
+    """Buffers that were replaced before the failure are no longer the bound ones, whatever the first slot's are."""
+    cache = KVCache(engine.slots, 1, 12, chunk=4)
+    engine.step(IDS[:1, :5], cache)
+    cache.advance(5)
+    expected = engine.step(IDS[:1, 5:6], cache).copy()
+    before = [*cache.keys, *cache.values]
+    grown = runtime_cache._grown
+    calls = iter(range(100))
+
+    def failing(*arguments):
+        if next(calls) == 1:
+            raise MemoryError
+        return grown(*arguments)
+
+    monkeypatch.setattr(runtime_cache, "_grown", failing)
+    with pytest.raises(MemoryError):
+        cache.reserve(20)
+    assert cache.capacity == 12 and any(a is not b for a, b in zip([*cache.keys, *cache.values], before, strict=True))
+    monkeypatch.undo()
+    cache.reserve(20)
+    for old in before:
+        old[:] = 1e9  # nothing reads or writes these any more
+    np.testing.assert_array_equal(engine.step(IDS[:1, 5:6], cache), expected)
+    assert all((old == 1e9).all() for old in before)

@@ -10,7 +10,8 @@ import pytest
 
 from ryzen_compile.errors import MemoryLimitError, PromptError, UnsupportedError, UsageError
 from ryzen_compile.runtime import cache as cache_module
-from ryzen_compile.runtime.cache import KVCache, fixed_bytes, token_bytes
+from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.runtime.layout import fixed_bytes, token_bytes
 from ryzen_compile.spec import CacheSlot
 
 SLOTS = (CacheSlot(0, 2, 4, 4), CacheSlot(1, 1, 8, 3))

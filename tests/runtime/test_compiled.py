@@ -133,8 +133,30 @@ def test_calls_share_one_budget_and_what_they_leave(llama: LlamaForCausalLM) -> 
     with pytest.raises(MemoryLimitError, match="2 rows x 40 tokens needs 640 bytes, the budget is 512"):
         model.generate([PROMPT, PROMPT], max_new_tokens=37)
     assert model.generate([PROMPT], max_new_tokens=CONTEXT - 4).shape == (1, CONTEXT)
-    # A budget of its own leaves the model's alone.
-    assert model.generate([PROMPT, PROMPT], max_new_tokens=37, cache_budget_bytes=1 << 20).shape == (2, 41)
+    # A call's own budget can only be narrower.
+    with pytest.raises(MemoryLimitError, match="640 bytes, the budget is 512"):
+        model.generate([PROMPT, PROMPT], max_new_tokens=37, cache_budget_bytes=1 << 20)
+    with pytest.raises(MemoryLimitError, match="needs 320 bytes, the budget is 319"):
+        model.generate([PROMPT], max_new_tokens=37, cache_budget_bytes=319)
+    with pytest.raises(MemoryLimitError, match="3 rows x 40 tokens"):
+        model(np.ones((3, 40), np.int64))
+
+
+def test_closing_gives_memory_back(llama: LlamaForCausalLM) -> None:
+    model = CompiledModel(TorchEngine(llama), prefix_bytes=1 << 16)
+    model.generate([PROMPT * 10], max_new_tokens=9)
+    memory = model.pool.memory()
+    assert memory.idle and memory.held
+    model.close()
+    assert model.pool.memory().idle == model.pool.memory().held == 0
+
+
+def test_more_copies_than_a_large_idle_cache_could_be_copied_to(llama: LlamaForCausalLM) -> None:
+    settings: dict[str, Any] = {"do_sample": True, "num_return_sequences": 6, "max_new_tokens": 4, "seed": 0}
+    fresh = CompiledModel(TorchEngine(llama), cache_budget_bytes=CONTEXT * 8 * 2)
+    used = CompiledModel(TorchEngine(llama), cache_budget_bytes=CONTEXT * 8 * 2)
+    used.generate([PROMPT], max_new_tokens=CONTEXT - 4)
+    np.testing.assert_array_equal(used.generate([PROMPT], **settings), fresh.generate([PROMPT], **settings))
 
 
 CALLS = ["generate", "the model", "save_pretrained", "close", "read_prompt", "load_prompt_cache"]

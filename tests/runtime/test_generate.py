@@ -19,7 +19,7 @@ from ryzen_compile.numerics.row_shift import RowShift
 from ryzen_compile.numerics.rows import RowFormat
 from ryzen_compile.runtime.arguments import ACCEPTED, config_values
 from ryzen_compile.runtime.cache import KVCache
-from ryzen_compile.runtime.generate import GenerationStats, generate
+from ryzen_compile.runtime.generate import GenerationStats, _part, generate
 from ryzen_compile.runtime.stream import Stream
 from tests.runtime.torch_engine import (
     BOS,
@@ -565,3 +565,24 @@ def test_the_whole_context_can_be_used(model: LlamaForCausalLM, engine: TorchEng
     result = generate(engine, [PROMPT], max_new_tokens=CONTEXT - len(PROMPT))
     assert result.shape == (1, CONTEXT)
     np.testing.assert_array_equal(result, reference(model, [PROMPT], max_new_tokens=CONTEXT - len(PROMPT)))
+
+
+# Steps of a prompt
+
+
+@pytest.mark.parametrize("least", [1, 2, 16])
+@pytest.mark.parametrize("chunk", [1, 3, 16, 17, 20, 31, 32, 512])
+def test_no_step_of_a_prompt_is_smaller_than_what_is_computed_alike(chunk: int, least: int) -> None:
+    for tokens in range(1, 120):
+        parts, left = [], tokens
+        while left:
+            parts.append(_part(left, chunk, least, 10**6))
+            left -= parts[-1]
+        assert sum(parts) == tokens and min(parts) >= 1
+        assert min(parts) >= min(least, tokens, chunk), (tokens, parts)
+        assert max(parts) < max(chunk + least, least + 1)
+        bounded, left = [], tokens
+        while left:
+            bounded.append(_part(left, chunk, least, chunk))
+            left -= bounded[-1]
+        assert max(bounded) <= chunk

@@ -9,7 +9,8 @@ import pytest
 
 from ryzen_compile.errors import MemoryLimitError, NumericalError, PromptError, UsageError
 from ryzen_compile.runtime import pool as pool_module
-from ryzen_compile.runtime.cache import KVCache, fixed_bytes, token_bytes
+from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.runtime.layout import fixed_bytes, token_bytes
 from ryzen_compile.runtime.pool import CachePool, PoolMemory
 from ryzen_compile.spec import CacheSlot
 

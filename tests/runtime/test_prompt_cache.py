@@ -420,7 +420,7 @@ def in_use(row: KVCache) -> list[np.ndarray]:
 )
 def test_what_two_prompts_have_in_common_is_filled(asked: list[int], filled: int) -> None:
     ids = np.array([3, 1, 4, 1, 5])
-    prompt = PromptCache(sequence(ids, SLOTS), ids)
+    prompt = PromptCache(sequence(ids, SLOTS), ids, IDENTITY)
     batch = KVCache(SLOTS, 2, 5)
     assert prompt.fill(batch.row(1), asked) == filled
     assert batch.lengths.tolist() == [0, filled]
@@ -437,7 +437,7 @@ def test_a_prompt_cache_with_rolling_slots_fills_what_they_still_have(held: int)
     slots = (CacheSlot(0, 2, 4, 4), CacheSlot(1, 1, 2, 2, window=4), CacheSlot(2, 1, 2, 2, window=5))
     ids = np.arange(held)
     source = sequence(ids, slots)
-    prompt = PromptCache(source, ids)
+    prompt = PromptCache(source, ids, IDENTITY)
     counts = []
     for common in range(held + 1):
         row = KVCache(slots, 1, held)
@@ -463,11 +463,11 @@ def test_a_prompt_cache_refuses_what_does_not_belong_to_it() -> None:
     row = sequence(ids, SLOTS)
     for bad in (ids[:2], ids.astype(np.float32), ids[None], np.zeros((), np.int64)):
         with pytest.raises(UsageError, match=r"one row and its tokens, got rows of \[3\] tokens"):
-            PromptCache(row, bad)
+            PromptCache(row, bad, IDENTITY)
     for cache in (KVCache(SLOTS, 1, 0), row.fork(2)):
         with pytest.raises(UsageError, match="one row and its tokens"):
-            PromptCache(cache, ids[: int(cache.lengths[0])])
-    prompt = PromptCache(row, ids)
+            PromptCache(cache, ids[: int(cache.lengths[0])], IDENTITY)
+    prompt = PromptCache(row, ids, IDENTITY)
     with pytest.raises(UsageError, match="fills an empty row, this one holds 3 tokens"):
         prompt.fill(row.fork(1), ids)
     with pytest.raises(UsageError, match="belongs to one row, this cache has 2"):

@@ -17,9 +17,10 @@ from transformers import LlamaForCausalLM
 import ryzen_compile
 from ryzen_compile.errors import ArtifactError, MemoryLimitError, PromptError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME, write_manifest
-from ryzen_compile.runtime.cache import KVCache, token_bytes
+from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.compiled import CompiledModel
 from ryzen_compile.runtime.generate import GenerationStats, generate
+from ryzen_compile.runtime.layout import token_bytes
 from ryzen_compile.runtime.prefix import PrefixStore
 from ryzen_compile.runtime.prompt_cache import PromptCache
 from ryzen_compile.runtime.reuse import Reuse
@@ -208,7 +209,7 @@ def test_a_prompt_cache_is_asked_before_the_prefixes_and_teaches_them(engine: To
     row = KVCache([SLOT], 1, 20)
     engine.step(np.array([PROMPT[:20]]), row)
     row.advance(20)
-    prompt = PromptCache(row, np.array(PROMPT[:20]))
+    prompt = PromptCache(row, np.array(PROMPT[:20]), "any")
     plain, _, _ = generated(engine, [PROMPT])
     assert generated(engine, [PROMPT], prefixes=store, prompt_cache=prompt)[:2] == (plain, 20)
     assert generated(engine, [PROMPT], prefixes=store)[:2] == (plain, 32)
@@ -238,8 +239,36 @@ def test_read_prompt_takes_one_prompt_that_fits(llama: LlamaForCausalLM) -> None
 def test_a_prompt_cache_of_other_slots_is_refused(llama: LlamaForCausalLM) -> None:
     row = KVCache([CacheSlot(0, 1, 2, 1)], 1, 4)
     row.advance(4)
+    prompt = PromptCache(row, np.array(PROMPT[:4]), "another")
     with pytest.raises(UsageError, match="slots are not those of the prefix"):
-        CompiledModel(TorchEngine(llama)).generate([PROMPT], prompt_cache=PromptCache(row, np.array(PROMPT[:4])))
+        generate(TorchEngine(llama), [PROMPT], prompt_cache=prompt)
+
+
+def test_another_models_prompt_cache_is_refused(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Rows of the same shape mean nothing to other weights."""
+    one, other = CompiledModel(TorchEngine(llama)), CompiledModel(TorchEngine(llama), identity="other")
+    prompt = one.read_prompt(PROMPT)
+    for call in (
+        lambda: other.generate([PROMPT], prompt_cache=prompt),
+        lambda: other.read_prompt([*PROMPT, 3], prompt_cache=prompt),
+        lambda: other.save_prompt_cache(tmp_path / "a", prompt),
+        lambda: other.generate([PROMPT], prompt_cache="a"),
+    ):
+        with pytest.raises(PromptError, match="this model is 'other'; read the prompt with this model"):
+            call()
+    assert one.generate([[*PROMPT, 9]], max_new_tokens=2, prompt_cache=prompt).shape == (1, len(PROMPT) + 3)
+
+
+def test_a_prompt_is_read_on_from_a_prompt_cache(llama: LlamaForCausalLM) -> None:
+    engine = TorchEngine(llama)
+    model = CompiledModel(engine)
+    half = model.read_prompt(PROMPT[:20])
+    engine.steps.clear()
+    whole = model.read_prompt(PROMPT, prompt_cache=half)
+    assert sum(tokens for _, tokens in engine.steps) == len(PROMPT) - 20
+    expected = model.read_prompt(PROMPT)
+    for mine, theirs in zip(whole.row.keys, expected.row.keys, strict=True):
+        np.testing.assert_array_equal(mine[:, :, : len(PROMPT)], theirs[:, :, : len(PROMPT)])
 
 
 def test_files_belong_to_an_artifact(llama: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -253,7 +282,7 @@ def test_files_belong_to_an_artifact(llama: LlamaForCausalLM, tmp_path: Path) ->
             call()
     assert not list(tmp_path.iterdir())
     one, same, other = (CompiledModel(TorchEngine(llama), identity=name) for name in ("one", "one", "other"))
-    one.save_prompt_cache(str(tmp_path / "a"), prompt)
+    one.save_prompt_cache(str(tmp_path / "a"), one.read_prompt(PROMPT))
     loaded = same.load_prompt_cache(tmp_path / "a")
     stats = GenerationStats()
     found = same.generate([[*PROMPT, 9]], max_new_tokens=5, prompt_cache=loaded, stats=stats)

@@ -175,3 +175,12 @@ def test_hugging_face_baseline_is_timed_like_any_engine():
     ]  # fmt: skip
     assert all(seconds > 0 for timing in timings for seconds in timing.seconds)
     assert engine.spec.parameters == sum(parameter.numel() for parameter in engine.model.parameters())
+
+
+def test_a_context_that_a_window_has_dropped_is_read_again_untimed():
+    class Windowed(Recorder):
+        slots = (CacheSlot(layer=0, kv_heads=1, head_dim=4, value_dim=4, window=4),)
+
+    engine = Windowed()
+    decode_seconds(engine, 30, 3, 1)
+    assert engine.calls == [(0, 30), (30, 1), (31, 1), (32, 1), (0, 30), (30, 1), (31, 1), (32, 1)]

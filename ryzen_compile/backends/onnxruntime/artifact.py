@@ -36,6 +36,7 @@ ELEMENTS = {
     np.dtype(np.int8): TensorProto.INT8,
     np.dtype(np.uint8): TensorProto.UINT8,
 }
+UNKNOWN_MOTION = "the artifact does not say how its keys are moved"
 _PAST_KEY = re.compile(r"past_key_values\.(\d{1,6})\.key")
 
 
@@ -56,7 +57,7 @@ class Artifact:
     spec: ModelSpec
     slots: tuple[CacheSlot, ...]
     manifest: Mapping[str, Any]
-    motion: tuple[RowShift, ...] | str = "the artifact does not say how its keys are moved"
+    motion: tuple[RowShift, ...] | str = UNKNOWN_MOTION
     config: Mapping[str, Any] | None = None
     generation_config: Mapping[str, Any] | None = None
     report: Mapping[str, Any] | None = field(default=None, repr=False)
@@ -64,9 +65,14 @@ class Artifact:
     @property
     def stream(self) -> tuple[int, int] | None:
         """Window and sinks of an artifact that was made for endless sequences."""
-        settings = self.manifest.get("recipe", {}).get("kv", {})
-        window, sinks = settings.get("window"), settings.get("sinks", 0)
-        return (window, sinks) if isinstance(window, int) and isinstance(sinks, int) else None
+        recipe = self.manifest.get("recipe")
+        settings = recipe.get("kv") if isinstance(recipe, Mapping) else None
+        if not isinstance(settings, Mapping) or settings.get("window") is None:
+            return None
+        window, sinks = settings["window"], settings.get("sinks")
+        if type(window) is not int or type(sinks) is not int:
+            raise ArtifactError(f"{self.directory.name}: the manifest's window is {window!r} and {sinks!r} sinks")
+        return window, sinks
 
     @property
     def identity(self) -> str:
@@ -90,7 +96,7 @@ def write(
     *,
     spec: ModelSpec,
     slots: tuple[CacheSlot, ...],
-    motion: tuple[RowShift, ...] | str = "",
+    motion: tuple[RowShift, ...] | str = UNKNOWN_MOTION,
     facts: Mapping[str, Any],
     report: Any = None,
     companions: Companions | None = None,
@@ -151,12 +157,12 @@ def read(directory: Path, *, digests: bool = True) -> Artifact:
     ]
     try:
         spec = ModelSpec(**manifest["spec"])
-        slots = tuple(_slot(facts) for facts in manifest["slots"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{directory.name}: the manifest does not describe the model: {error}") from error
+    slots = slots_of(manifest)
     for model in models:
         _check_described(model.graph, spec, slots)
-    unknown = manifest.get("motion", Artifact.motion)
+    unknown = manifest.get("motion", UNKNOWN_MOTION)
     return Artifact(
         directory,
         spec,
@@ -167,6 +173,14 @@ def read(directory: Path, *, digests: bool = True) -> Artifact:
         _load(directory / GENERATION_CONFIG_NAME),
         _load(directory / REPORT_NAME),
     )
+
+
+def slots_of(manifest: Mapping[str, Any]) -> tuple[CacheSlot, ...]:
+    """The layout of an artifact's cache; raises ``ArtifactError``."""
+    try:
+        return tuple(_slot(facts) for facts in manifest["slots"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"the manifest does not describe the model: {error}") from error
 
 
 def _slot(facts: Mapping[str, Any]) -> CacheSlot:

@@ -33,7 +33,7 @@ def write_shifts(directory: Path, shifts: Sequence[RowShift], slots: Sequence[Ca
         tensors[f"frequencies.{i}"] = np.ascontiguousarray(shift.frequencies)
         if shift.scale is not None:
             tensors[f"scale.{i}"] = np.ascontiguousarray(shift.scale)
-        facts.append({"interleaved": shift.interleaved, "turned": shift.turned})
+        facts.append({"interleaved": shift.interleaved})
         _check(shift, slot, CACHE_NAME)
     save_file(tensors, str(directory / CACHE_NAME), metadata={"format": FORMAT, "slots": json.dumps(facts)})
 
@@ -70,7 +70,6 @@ def _shift(i: int, slot: CacheSlot, facts: dict[str, Any], tensors: dict[str, np
         tensors[f"frequencies.{i}"],
         bool(facts["interleaved"]),
         tensors.get(f"scale.{i}"),
-        bool(facts["turned"]),
     )
     _check(shift, slot, CACHE_NAME)
     return shift
@@ -80,6 +79,8 @@ def _check(shift: RowShift, slot: CacheSlot, name: str) -> None:
     frequencies, scale = shift.frequencies, shift.scale
     if frequencies.ndim != 1 or 2 * len(frequencies) > slot.head_dim or not np.isfinite(frequencies).all():
         raise ArtifactError(f"{name}: layer {slot.layer} turns {frequencies.shape} pairs of {slot.head_dim} channels")
+    if shift.turned or shift.mean is not None:
+        raise ArtifactError(f"{name}: keys of layer {slot.layer} are turned or centred, which no artifact holds")
     fixed = shift.form.bits < 32 and not shift.form.group
     shape = (1, slot.kv_heads, 1, slot.head_dim)
     if (scale is not None) != fixed or (

@@ -63,8 +63,8 @@ def genai_config(
     and ``.value`` (gaps in N are fine), ``attention_mask`` and ``position_ids`` are declared only if present.
     ``generation`` holds the model's generation defaults, of which sampling settings that are not None are taken over;
     beams are not, because a shared cache buffer serves a single beam. ``window`` is the largest of the layers whose
-    attention drops old rows by itself: no buffer may be shorter, and genai makes all as long as ``max_length``. Raises UnsupportedError for an input that genai
-    would leave without a value and for a cache without its other half.
+    attention drops old rows by itself: no buffer may be shorter, and genai makes all as long as ``max_length``. Raises
+    UnsupportedError for an input that genai would leave without a value and for a cache without its other half.
     """
     present = _known_inputs(inputs)
     eos = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id or ()

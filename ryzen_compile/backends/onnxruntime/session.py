@@ -133,7 +133,7 @@ class BoundSession:
         self._tokens = self._positions = np.empty((0, 0), np.int64)
         self._ones = np.empty(0, np.int64)
         self._flat_logits = self._logits = np.empty(0, np.float32)
-        self._bound: tuple[Any, ...] = ()
+        self._bound = -1
         self._cache: weakref.ref[KVCache] | None = None
 
     def run(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
@@ -169,21 +169,22 @@ class BoundSession:
 
     def _bind_shape(self, batch: int, new: int) -> None:
         """Buffers for tokens, positions and logits, bound once per shape."""
-        self._tokens = np.empty((batch, new), np.int64)
-        self._bind("input_ids", self._tokens)
-        if self._has_positions:
-            self._positions = np.empty((batch, new), np.int64)
-            self._bind("position_ids", self._positions)
         shape = (batch, new if self.all_logits else 1, self._vocab)
         size = shape[0] * shape[1] * shape[2]
         if not size <= self._flat_logits.size <= max(size, KEPT_LOGITS):
             self._flat_logits = np.empty(size, np.float32)
         self._logits = self._flat_logits[:size].reshape(shape)
         self._bind("logits", self._logits, output=True)
+        if self._has_positions:
+            self._positions = np.empty((batch, new), np.int64)
+            self._bind("position_ids", self._positions)
+        # Last: its shape is what says that all of this is bound.
+        self._tokens = np.empty((batch, new), np.int64)
+        self._bind("input_ids", self._tokens)
 
     def _bind_cache(self, cache: KVCache) -> None:
         """Past and present of every slot; skipped while the buffers are those of the step before."""
-        state = (_pointer(cache.keys[0]), cache.capacity, cache.batch)
+        state = cache.revision
         if self._cache is not None and self._cache() is cache and state == self._bound:
             return
         for index, buffers in enumerate(zip(cache.keys, cache.values, strict=True)):
