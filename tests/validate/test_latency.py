@@ -182,5 +182,5 @@ def test_a_context_that_a_window_has_dropped_is_read_again_untimed():
         slots = (CacheSlot(layer=0, kv_heads=1, head_dim=4, value_dim=4, window=4),)
 
     engine = Windowed()
-    decode_seconds(engine, 30, 3, 1)
-    assert engine.calls == [(0, 30), (30, 1), (31, 1), (32, 1), (0, 30), (30, 1), (31, 1), (32, 1)]
+    decode_seconds(engine, 36, 3, 1)  # of 20 rows, 17 were dropped with the 38th token
+    assert engine.calls == [(0, 36), (36, 1), (37, 1), (38, 1)] * 2
