@@ -82,13 +82,18 @@ def ratios(args: argparse.Namespace) -> list[dict[str, Any]]:
 def greedy(args: argparse.Namespace) -> list[dict[str, Any]]:
     prompts = spread_windows(held_out_text(), args.prompt, args.prompts * args.prompt)
     with compiled("fp32", args.threads) as plain:
-        expected = [plain.generate(p[None], max_new_tokens=args.new, eos_token_id=None)[0] for p in prompts]
+        expected = [
+            plain.generate(p[None], np.ones_like(p[None]), max_new_tokens=args.new, eos_token_id=None)[0]
+            for p in prompts
+        ]
         rows = []
         for kv in args.kv.split(","):
             parted = []
             with compiled(kv, args.threads) as other:
                 for index, (prompt, wanted) in enumerate(zip(prompts, expected, strict=True)):
-                    got = other.generate(prompt[None], max_new_tokens=args.new, eos_token_id=None)[0]
+                    got = other.generate(
+                        prompt[None], np.ones_like(prompt[None]), max_new_tokens=args.new, eos_token_id=None
+                    )[0]
                     if (got != wanted).any():
                         parted.append((index, int((got != wanted).argmax()), got))
             same = 1 - len(parted) / len(prompts)

@@ -199,8 +199,8 @@ def test_text_is_fed_by_name(fed: Program) -> None:
     assert feeds["position_ids"].tolist() == [[10, 11, 12]] * 2
     assert feeds["attention_mask"].tolist() == [[1] * 13] * 2
     assert feeds["past_key_values_1_value"] is caches[3]
-    whole = {node.name: value for node, value in cached_feeds(fed, ids, spare=4).items()}
+    whole = {node.name: value for node, value in cached_feeds(fed, ids).items()}
     assert whole["position_ids"].tolist() == [[0, 1, 2]] * 2 and whole["attention_mask"].shape == (2, 3)
-    assert [whole[f"past_key_values_{i}_key"].shape[2] for i in range(3)] == [7, 7, 200]
+    assert [whole[f"past_key_values_{i}_key"].shape[2] for i in range(3)] == [3, 5, 200]
     with pytest.raises(ValueError, match="shorter"):
         text_feeds(fed, ids, caches=caches[:5])

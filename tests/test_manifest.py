@@ -141,7 +141,7 @@ def folder(directory: Path) -> None:
         (
             lambda d: rewrite(d, schema_version=99, made_by="ryzen_compile 9.9"),
             ArtifactError,
-            r"newer schema 99: made by 'ryzen_compile 9\.9', this is ryzen_compile .* with schema 1; re-export",
+            r"newer schema 99: made by 'ryzen_compile 9\.9', this is ryzen_compile .* with schema 2; re-export",
         ),
         (lambda d: rewrite(d, schema_version=0), ArtifactError, "older schema 0"),
         (lambda d: rewrite(d, files=[]), ArtifactError, "no table 'files'"),

@@ -115,7 +115,9 @@ def test_no_pass_moves_the_logits_beyond_rounding(subject: Subject) -> None:
 def test_cache_bytes(subject: Subject) -> None:
     cache = KVCache(subject.program.slots, batch=3, capacity=32, limit=CONTEXT)
     per_token = 2 * subject.case.kv_heads * subject.case.head_dim * 4  # a key and a value, float32
-    assert cache.bytes_by_layer() == [per_token * 3 * 32] * LAYERS
+    rows = [slot.rows or 32 for slot in subject.program.slots]  # layers with a window keep no more than it
+    assert cache.bytes_by_layer() == [per_token * 3 * kept for kept in rows]
+    assert all(slot.window in (0, WINDOW) for slot in subject.program.slots)
 
 
 @pytest.fixture(scope="module")

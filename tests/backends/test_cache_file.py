@@ -103,9 +103,8 @@ def forge(directory: Path, *, facts: Any = None, form: str | None = FORMAT, **te
     path = directory / CACHE_NAME
     found = load_file(path) | {name.replace("_", "."): value for name, value in tensors.items()}
     kept = [{"interleaved": shift.interleaved} for shift in SHIFTS]
-    metadata = {"slots": facts if isinstance(facts, str) else json.dumps(kept if facts is None else facts)}
-    if form is not None:
-        metadata["format"] = form
+    content = facts if isinstance(facts, str) else json.dumps(kept if facts is None else facts)
+    metadata = None if form is None else {form: content}
     save_file({name: value for name, value in found.items() if value is not None}, path, metadata=metadata)
 
 
@@ -191,7 +190,7 @@ def two_layers(**changes: np.ndarray) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
         tensors = load_file(directory / CACHE_NAME) | {k.replace("_", "."): v for k, v in changes.items()}
         facts = json.dumps([{"interleaved": False}] * 2)
-        save_file(tensors, directory / CACHE_NAME, metadata={"format": FORMAT, "slots": facts})
+        save_file(tensors, directory / CACHE_NAME, metadata={FORMAT: facts})
         relist(directory)
 
     return damage

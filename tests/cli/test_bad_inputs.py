@@ -312,7 +312,7 @@ def missing(directory: Path) -> None:
 
 def newer(directory: Path) -> None:
     manifest = json.loads((directory / MANIFEST_NAME).read_text())
-    (directory / MANIFEST_NAME).write_text(json.dumps({**manifest, "schema_version": 2, "made_by": "a later one"}))
+    (directory / MANIFEST_NAME).write_text(json.dumps({**manifest, "schema_version": 3, "made_by": "a later one"}))
 
 
 def linked(directory: Path) -> None:
@@ -345,7 +345,7 @@ def relist(directory: Path) -> None:
             newer,
             3,
             "artifact",
-            r"has the newer schema 2: made by 'a later one', this is ryzen_compile .* with schema 1",
+            r"has the newer schema 3: made by 'a later one', this is ryzen_compile .* with schema 2",
         ),
         (linked, 4, "unsafe", r"model\.onnx\.data' is a symbolic link, expected a plain file"),
         (no_tokenizer, 3, "artifact", r"holds no tokenizer\.json; generate from ids through the Python API"),

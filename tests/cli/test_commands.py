@@ -62,7 +62,8 @@ def test_export_writes_an_artifact_and_tells_how(run: Any, model: Path, artifact
     lines = out.splitlines()
     assert lines[0].split()[:3] == ["pass", "status", "hits"]
     assert [line.split()[0] for line in lines[1 : len(PASSES)]] == [name for name in PASSES if name != "prune_logits"]
-    assert re.fullmatch(rf"wrote {re.escape(str(tmp_path / 'out'))} \([\d.]+ [KM]iB\)", lines[-1])
+    assert re.fullmatch(rf"wrote {re.escape(str(tmp_path / 'out'))} \([\d.]+ [KM]iB\)", lines[-2])
+    assert re.fullmatch(r"cache: \d+ bytes per token", lines[-1])
     steps = [re.sub(r"^ *[\d.]+ s  ", "", line) for line in err.splitlines()]
     assert steps == [
         "loading weights",

@@ -90,7 +90,7 @@ def test_transposed_weights_are_merged_as_expressions() -> None:
 
     before, after = rewrite(MergeLinear(), Right(), X, after=(Canonicalize(),))
     assert after.ops[:6] == ["aten.permute"] * 3 + MERGED
-    assert_close(after(OTHER), before(OTHER), rtol=1e-5, atol=1e-6)
+    assert_close(after(OTHER), before(OTHER), rtol=1e-5, atol=1e-5)  # weights of order one, not the eighth of a layer's
 
 
 class FeedForward(nn.Module):

@@ -57,7 +57,7 @@ def attentions(program: Program) -> list[fx.Node]:
 
 
 def logits(program: Program) -> Tensor:
-    feeds = cached_feeds(program, TEXT[:, :40], spare=3)
+    feeds = cached_feeds(program, TEXT[:, :40])
     return interpret(program, feeds, [program.outputs[0]])[0]
 
 

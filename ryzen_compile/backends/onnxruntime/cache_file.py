@@ -35,7 +35,8 @@ def write_shifts(directory: Path, shifts: Sequence[RowShift], slots: Sequence[Ca
             tensors[f"scale.{i}"] = np.ascontiguousarray(shift.scale)
         facts.append({"interleaved": shift.interleaved})
         _check(shift, slot, CACHE_NAME)
-    save_file(tensors, str(directory / CACHE_NAME), metadata={"format": FORMAT, "slots": json.dumps(facts)})
+    # Under one key: the library writes several in an order that changes from file to file.
+    save_file(tensors, str(directory / CACHE_NAME), metadata={FORMAT: json.dumps(facts)})
 
 
 def read_shifts(directory: Path, slots: Sequence[CacheSlot]) -> tuple[RowShift, ...]:
@@ -51,8 +52,8 @@ def read_shifts(directory: Path, slots: Sequence[CacheSlot]) -> tuple[RowShift, 
         tensors = load_file(str(path))
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
-        facts = json.loads(metadata.get("slots", ""))
-        if metadata.get("format") != FORMAT or len(facts) != len(slots):
+        facts = json.loads(metadata.get(FORMAT, "[]"))
+        if FORMAT not in metadata or len(facts) != len(slots):
             raise ArtifactError(f"{CACHE_NAME} is not {FORMAT} of {len(slots)} layers", hint="export the model again")
         shifts = tuple(_shift(i, slot, facts[i], tensors) for i, slot in enumerate(slots))
     except (SafetensorError, RyzenCompileError, ValueError, KeyError, TypeError) as error:
