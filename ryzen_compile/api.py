@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.backends import get_backend
 from ryzen_compile.config import DEFAULT_RECIPE, KVCacheConfig, Recipe, find_recipe
-from ryzen_compile.errors import ArtifactError, UnsupportedError, UsageError
+from ryzen_compile.errors import ArtifactError, RyzenCompileError, UnsupportedError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME
 from ryzen_compile.runtime.compiled import CompiledModel
 from ryzen_compile.runtime.engine import Engine
@@ -126,7 +126,7 @@ def optimize(
             _write_artifact(directory, program, report, chosen, source, force)
     else:
         engine = get_backend(backend).compile(program)
-    return CompiledModel(
+    return _compiled(
         engine,
         motion=_motion(program, engine.slots),
         stream=_stream(chosen),
@@ -228,7 +228,7 @@ def load(
     def saver(target: Path, force: bool) -> None:
         _copy_artifact(found, target, force)
 
-    return CompiledModel(
+    return _compiled(
         engine,
         motion=found.motion,
         stream=found.stream,
@@ -398,6 +398,15 @@ def _motion(program: Program, slots: Sequence[CacheSlot]) -> tuple[RowShift, ...
         return tuple(widened(shift, slot.head_dim) for shift, slot in zip(row_shifts(program), slots, strict=True))
     except UnsupportedError as error:
         return error.message
+
+
+def _compiled(engine: Engine, **settings: Any) -> CompiledModel:
+    """The engine as a model; closed again if it cannot be one."""
+    try:
+        return CompiledModel(engine, **settings)
+    except RyzenCompileError:
+        engine.close()
+        raise
 
 
 def _refuse_stream(program: Program, recipe: Recipe) -> None:

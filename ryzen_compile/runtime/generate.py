@@ -135,21 +135,7 @@ def generate(
     known = prefixes if stream is None else None
     reuse = Reuse([source for source in (known, prompt_cache) if source is not None], known)
     run = _Run(engine, prompt, settings, limit, chooser, tracker, show, stats or GenerationStats(), reuse, stream)
-    longest = prompt.longest + limit - 1  # the last token chosen is never stepped
-    room = prompt.longest + min(limit - 1, INITIAL_ROOM) if stream is None else stream.capacity
-    # Now, so that no run dies of memory in the middle; copies are made while the prompts' own rows are still held.
-    most, held = longest if stream is None else room, rows + (len(prompt.ids) if settings.copies > 1 else 0)
-    check_fits(engine.slots, held, most, limit=context, budget=cache_budget_bytes, shared=False)
-    pool.require(held, most)
-    with pool.borrowed(len(prompt.ids), room) as cache:
-        logits = run.prefill(cache, chunk)
-        pool.ask(cache, 0)  # what was learned of the prompts shares the budget
-        if settings.copies == 1:
-            run.decode(cache, logits, began)
-        else:
-            copies = run.copied(cache)
-    if settings.copies > 1:
-        run.decode(copies, np.repeat(logits, settings.copies, axis=0), began)
+    run.complete(pool, chunk, began, cache_budget_bytes)
     if streamer is not None:
         streamer.end()
     return as_input(input_ids, run.ids[:, : run.columns].copy())
@@ -201,7 +187,8 @@ def _part(left: int, chunk: int, least: int, most: int) -> int:
 
 
 class _Run:
-    """One generation from checked arguments to ids. ``ids`` ``(B, P + limit)`` holds ``columns`` columns so far."""
+    """One generation from checked arguments to ids: ``ids`` ``(B, columns)`` so far, ``width`` columns at most, in an
+    array that may be wider."""
 
     def __init__(
         self,
@@ -232,6 +219,27 @@ class _Run:
         self.starts = np.repeat(prompt.starts, settings.copies)
         stats.prompt_tokens, stats.new_tokens = int((self.columns - prompt.starts).sum()), 0
         stats.reused_tokens = 0
+
+    def complete(self, pool: CachePool, chunk: int, began: float, budget_bytes: int | None) -> None:
+        """Prefill and decode in a cache that ``pool`` lends; refused at once where its end would not fit."""
+        prompts, longest = len(self.prompt.ids), self.prompt.longest
+        limit = self.width - self.columns - 1  # the last token chosen is never stepped
+        if self.stream is None:
+            room, most = longest + min(limit, INITIAL_ROOM), longest + limit
+        else:
+            room = most = self.stream.capacity
+        # Copies are made while the prompts' own rows are still held.
+        rows = len(self.ids) + (prompts if self.copies > 1 else 0)
+        check_fits(self.engine.slots, rows, most, limit=self.engine.spec.context, budget=budget_bytes, shared=False)
+        pool.require(rows, most)
+        with pool.borrowed(prompts, room) as cache:
+            logits = self.prefill(cache, chunk)
+            pool.ask(cache, 0)  # what was learned of the prompts shares the budget
+            if self.copies == 1:
+                self.decode(cache, logits, began)
+                return
+            copies = self.copied(cache)
+        self.decode(copies, np.repeat(logits, self.copies, axis=0), began)
 
     def prefill(self, cache: KVCache, chunk: int) -> np.ndarray:
         """Fill each row of ``cache`` with its prompt, ``chunk`` tokens a step; returns the logits ``(B, V)`` that
