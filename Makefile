@@ -38,7 +38,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'python -m venv failed; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
 
-# The stamp is written last, so an interrupted install is repeated, and a changed version list is installed again.
-$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
+# The stamp is written last, so an interrupted install is repeated. A changed version list is installed again, and changed
+# C++ sources are built again.
+$(VENV)/.installed-%: pyproject.toml constraints.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inl) | $(VENV)/bin/python
 	$(RUN) -m pip install $(PIP_ARGS) -c constraints.txt -e '.[$*]'
 	touch $@

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ryzen_compile.backends import get_backend
 from ryzen_compile.config import DEFAULT_RECIPE, KVCacheConfig, Recipe, find_recipe
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ryzen_compile.backends.onnxruntime.artifact import Artifact, Companions
     from ryzen_compile.backends.onnxruntime.emit import LoweringOptions
+    from ryzen_compile.backends.onnxruntime.session import SessionOptions
     from ryzen_compile.numerics.blockwise import BlockTensor
     from ryzen_compile.numerics.row_shift import RowShift
     from ryzen_compile.passes.base import Pass
@@ -34,6 +35,7 @@ CALIBRATION_LENGTH, CALIBRATION_TOKENS = 256, 16_384
 HELD_BACK = 4  # windows of the same text that no method sees: the parity gate measures on them
 CALIBRATION_CHARACTERS = 40 * CALIBRATION_TOKENS  # read at most; a token is rarely more than a few characters
 Progress = Callable[["str | PassRecord"], None]
+Native = Literal["auto"] | bool
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def optimize(
     tokenizer: Any = None,
     verify: bool = True,
     threads: int | None = None,
+    native: Native = "auto",
     cache_budget_bytes: int | None = None,
     prefix_bytes: int = 0,
     trust_remote_code: bool = False,
@@ -81,7 +84,7 @@ def optimize(
     activations: a ``.txt`` or ``.jsonl`` file, a directory of such, or "builtin"; a model without a tokenizer is
     quantized without. ``passes`` replaces the recipe's own. ``verify`` runs the parity gate after every pass: one that
     moves the logits beyond rounding is rolled back and named in the report, a lossy one is held to the recipe's budget.
-    ``progress`` hears of every step. ``cache_budget_bytes`` and ``prefix_bytes`` are as in :func:`load`.
+    ``progress`` hears of every step. ``native``, ``cache_budget_bytes`` and ``prefix_bytes`` are as in :func:`load`.
 
     The model is left as it was. Raises an error of :mod:`ryzen_compile.errors`.
     """
@@ -99,6 +102,7 @@ def optimize(
     _refuse_cache(backend, chosen)  # what is asked for is refused before the model is read
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
+    _refuse_native(backend, native)
     source = read_source(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, progress=progress)
     program, report = rewrite(
         source.model,
@@ -118,9 +122,8 @@ def optimize(
         from ryzen_compile.backends.onnxruntime.session import SessionOptions
 
         _say(progress, "compile")
-        engine = OnnxRuntimeBackend().compile(
-            program, options=SessionOptions(threads=threads), lowering=_lowering_options(chosen)
-        )
+        options = _session_options(SessionOptions(threads=threads), native)
+        engine = OnnxRuntimeBackend().compile(program, options=options, lowering=_lowering_options(chosen))
 
         def saver(directory: Path, force: bool) -> None:
             _write_artifact(directory, program, report, chosen, source, force)
@@ -154,6 +157,7 @@ def export(
     target_bits: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     calibration: str | os.PathLike[str] = BUILTIN,
+    native: bool = False,
     force: bool = False,
     verify: bool = True,
     trust_remote_code: bool = False,
@@ -161,7 +165,11 @@ def export(
     local_files_only: bool | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Writes the artifact of ``model`` to ``out`` without loading it: one pass over the weights. See ``optimize``."""
+    """Writes the artifact of ``model`` to ``out`` without loading it: one pass over the weights. See ``optimize``.
+
+    ``native`` adds the model over our own operators and their library, and makes onnxruntime-genai run these; that
+    needs the library here, and x86-64 Linux there. ``load`` needs neither: it claims the operators by itself.
+    """
     target = Path(out)
     _refuse_target(target, model, force)
     chosen = find_recipe(
@@ -176,6 +184,8 @@ def export(
         overrides=overrides,
     )
     _refuse_cache("onnxruntime", chosen)
+    if native:
+        _refuse_native("onnxruntime", native)
     source = read_source(
         model,
         trust_remote_code=trust_remote_code,
@@ -193,7 +203,7 @@ def export(
     )
     _refuse_stream(program, chosen)
     _say(progress, "write")
-    _write_artifact(target, program, report, chosen, source, force)
+    _write_artifact(target, program, report, chosen, source, force, native)
     return report
 
 
@@ -201,6 +211,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     threads: int | None = None,
+    native: Native = "auto",
     digests: bool = True,
     cache_budget_bytes: int | None = None,
     prefix_bytes: int = 0,
@@ -209,20 +220,25 @@ def load(
 
     ``cache_budget_bytes`` bounds what all caches of keys and values take together (default: the machine's memory). With
     ``prefix_bytes`` of it, prompts that begin like one read before skip what they share. Without ``threads`` it runs as
-    ``ryzen-compile tune`` found best on this kind of machine, if that was measured. ``digests=False`` skips hashing the
-    weights. Raises ``ArtifactError``, ``TamperedError`` or ``UnsafeError``.
+    ``ryzen-compile tune`` found best on this kind of machine, if that was measured. ``native`` says whether our own
+    operators take over nodes of the graph: "auto" where their library is there (and as ``tune`` found best), ``True``
+    insists and raises ``UnsupportedError`` without it, ``False`` keeps to ONNX Runtime's. ``digests=False`` skips
+    hashing the weights. Raises ``ArtifactError``, ``TamperedError`` or ``UnsafeError``.
     """
     from ryzen_compile.backends.onnxruntime import artifact
     from ryzen_compile.backends.onnxruntime.session import OrtEngine, SessionOptions
 
     directory = Path(path)
+    _refuse_native("onnxruntime", native)
     found = artifact.read(directory, digests=digests)
     options = SessionOptions(threads=threads)
-    if threads is None and "tuned" in found.manifest:
+    if "tuned" in found.manifest and (threads is None or native == "auto"):
         from ryzen_compile.backends.onnxruntime.tune import tuned_options
         from ryzen_compile.validate.machine import cpu_key, read_machine
 
-        options = tuned_options(found.manifest, cpu_key(read_machine())) or options
+        tuned = tuned_options(found.manifest, cpu_key(read_machine())) or options
+        options = tuned if threads is None else replace(options, native=tuned.native)
+    options = _session_options(options, native)
     engine = OrtEngine(found.model, found.spec, found.slots, options, found.prefill)
 
     def saver(target: Path, force: bool) -> None:
@@ -363,7 +379,24 @@ def _lowering_options(recipe: Recipe) -> LoweringOptions:
     return LoweringOptions(recipe.weights.accuracy_level, recipe.prefill == "int8")
 
 
-def _write_artifact(out: Path, program: Program, report: Report, recipe: Recipe, source: Source, force: bool) -> None:
+def _session_options(options: SessionOptions, native: Native) -> SessionOptions:
+    """``options`` with what the caller says of native operators."""
+    from ryzen_compile.backends.onnxruntime.claim_report import KINDS
+
+    if native == "auto":
+        return options
+    return replace(options, native=KINDS if native else frozenset(), require_native=native)
+
+
+def _write_artifact(
+    out: Path,
+    program: Program,
+    report: Report,
+    recipe: Recipe,
+    source: Source,
+    force: bool,
+    native: bool = False,
+) -> None:
     from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend, artifact
     from ryzen_compile.backends.onnxruntime.lowering import cache_slots
     from ryzen_compile.validate.machine import read_versions
@@ -385,6 +418,7 @@ def _write_artifact(out: Path, program: Program, report: Report, recipe: Recipe,
         facts=facts,
         report=report,
         companions=_companions(source),
+        native=native,
         force=force,
     )
 
@@ -468,6 +502,19 @@ def _refuse_cache(backend: str, recipe: Recipe) -> None:
         raise UnsupportedError(
             f"backend {backend!r} cannot keep a cache of {recipe.kv}", hint=f"it keeps {', '.join(sorted(able))}"
         )
+
+
+def _refuse_native(backend: str, native: object) -> None:
+    """Before the model is read: native operators that were asked for and are not there."""
+    if not (isinstance(native, bool) or native == "auto"):
+        raise UsageError(f"native must be 'auto', True or False, got {native!r}")
+    if native is not True:
+        return
+    if backend != "onnxruntime":
+        raise UsageError(f"native operators run in ONNX Runtime, not on backend {backend!r}")
+    from ryzen_compile.backends.onnxruntime.native import required
+
+    required()
 
 
 def _refuse_target(out: Path, model: object, force: bool) -> None:

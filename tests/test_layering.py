@@ -133,13 +133,18 @@ def test_forbidden_neighbours():
     assert not broken, "\n".join(broken)
 
 
-def test_only_the_triton_backend_knows_kernels():
+def test_a_backend_alone_knows_its_kernels():
+    homes = {
+        f"{PACKAGE}.kernels.cpu": f"{PACKAGE}.backends.onnxruntime",
+        f"{PACKAGE}.kernels": f"{PACKAGE}.backends.triton",
+    }
     outside = [
-        module
+        f"{module} imports {target}"
         for module, targets in edges(typing=True).items()
-        if any(room(target) == "kernels" for target in targets)
+        for target in targets
+        if room(target) == "kernels"
         and room(module) != "kernels"
-        and not module.startswith(f"{PACKAGE}.backends.triton")
+        and not module.startswith(next(home for kernels, home in homes.items() if target.startswith(kernels)))
     ]
     assert not outside
 
@@ -171,6 +176,16 @@ def test_nothing_imports_the_top_level_name_kernels():
         if any(target.split(".")[0] == "kernels" for target, _ in imported(tree(path)))
     ]
     assert not found
+
+
+def test_asking_for_the_native_library_is_light():
+    code = """
+import sys, importlib.util
+if importlib.util.find_spec("ryzen_compile.kernels"):
+    import ryzen_compile.kernels.cpu
+print(sorted({"numpy", "onnx", "onnxruntime", "torch"} & set(sys.modules)))
+"""
+    assert run(code) == "[]"
 
 
 def test_package_import_is_light():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ryzen_compile.cli import output
 from ryzen_compile.cli.defaults import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def bench(
         int | None, typer.Option("-t", "--threads", min=1, help="Threads; default: usable cores.")
     ] = None,
     recipe: Annotated[str, typer.Option(help="Recipe, when TARGET is no artifact.")] = DEFAULT_RECIPE,
+    native: output.NativeFlag = None,
     form: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
     seed: Annotated[int, typer.Option(help="Of the random ids and weights.")] = 0,
 ) -> None:
@@ -47,7 +49,7 @@ def bench(
     tests = [Workload("pp", n, d) for d in depth or [0] for n in (prompt if prompt is not None else [512]) if n]
     tests += [Workload("tg", n, d) for d in depth or [0] for n in (new if new is not None else [128]) if n]
     with ExitStack() as stack:
-        engines, weights = _open(stack, target, shape, engine or ["onnxruntime"], recipe, threads, used, seed)
+        engines, weights = _open(stack, target, shape, engine or ["onnxruntime"], recipe, threads, used, seed, native)
         timings = measure(engines, tests, repeats, seed=seed)
     name = shape or Path(target or "").name
     parameters = engines[0].spec.parameters
@@ -75,12 +77,14 @@ def _open(
     asked: int | None,
     threads: int,
     seed: int,
+    native: bool | None,
 ) -> tuple[list[Engine], dict[str, int]]:
     """The engines called for, and the bytes of weights that each reads for one token.
 
     Without a number of threads ``asked`` for, an artifact runs as ``tune`` found best, and others on ``threads``.
     """
-    from ryzen_compile.api import export, load
+    from ryzen_compile.api import Native, export, load
+    from ryzen_compile.backends.onnxruntime.session import OrtEngine
     from ryzen_compile.config import find_recipe
     from ryzen_compile.errors import UsageError
     from ryzen_compile.manifest import MANIFEST_NAME
@@ -106,7 +110,8 @@ def _open(
                 chosen = find_recipe(chosen, method="rtn") if shape and chosen.weights else chosen
                 export(model if shape else target or "", artifact, chosen, verify=False)
             started, before = time.perf_counter(), resident_set().total
-            compiled = stack.enter_context(load(artifact, threads=asked, digests=False))
+            choice: Native = "auto" if native is None else native
+            compiled = stack.enter_context(load(artifact, threads=asked, native=choice, digests=False))
             seconds, grown = time.perf_counter() - started, resident_set().total - before
             engines.append(compiled.engine)
             sizes[compiled.engine.name] = (artifact / "model.onnx.data").stat().st_size
@@ -115,6 +120,8 @@ def _open(
                 f"loaded in {seconds:.2f} s, resident set +{grown / 2**20:.0f} MiB: {grown / size:.2f} x the artifact",
                 err=True,
             )
+            if isinstance(compiled.engine, OrtEngine):
+                typer.echo(f"native operators: {compiled.engine.claims.to_text()}", err=True)
         else:
             engines.append(_torch_engine(name, model, threads))
             sizes[engines[-1].name] = sum(p.numel() * p.element_size() for p in model.parameters())

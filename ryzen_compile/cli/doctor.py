@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import typer
 from rich.text import Text
@@ -15,7 +16,7 @@ FAILED = 3
 
 
 def doctor(as_json: output.JsonFlag = False) -> None:
-    """Check processor, limits, memory, libraries, the hub's cache and the GPU; exit status 3 when a check fails."""
+    """Check processor, limits, memory, libraries, operators, the hub's cache and the GPU; exit status 3 on failure."""
     found = _checks()
     failed = [check.name for check in found if check.status == "fail"]
     if as_json:
@@ -52,7 +53,19 @@ def _checks() -> list:
         checks.check_memory(here),
         checks.check_versions(),
         checks.check_onnxruntime(probe.probe("onnxruntime")),
+        checks.check_native(_native_operators()),
         checks.check_genai(here),
         checks.check_hub(Path(constants.HF_HUB_CACHE), offline=constants.HF_HUB_OFFLINE),
         checks.check_gpu(probe.probe("gpu")),
     ]
+
+
+def _native_operators() -> dict[str, Any]:
+    from ryzen_compile.backends.onnxruntime.native import library, missing
+    from ryzen_compile.validate.probe import probe
+
+    built = library()
+    if built is None:
+        why, remedy = missing()
+        return {"missing": why, "remedy": remedy}
+    return probe("native", str(built))

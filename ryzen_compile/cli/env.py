@@ -16,7 +16,7 @@ def env(as_json: output.JsonFlag = False) -> None:
 
     here = read_machine()
     if as_json:
-        output.print_json(asdict(here))
+        output.print_json({**asdict(here), "native": _native_operators()})
         return
     cpu, limits = here.cpu, here.limits
     quota = "none" if limits.cpu_quota is None else f"{limits.cpu_quota:g} processors"
@@ -27,6 +27,7 @@ def env(as_json: output.JsonFlag = False) -> None:
         "Processor": f"{cpu.name} ({cpu.vendor}, {cpu.microarchitecture})",
         "Instruction sets": ", ".join(cpu.isa) or "none of those that matter here",
         "Cores": f"{cpu.cores or '?'} ({cpu.threads} threads), {here.usable_cores} usable by this process",
+        "Native operators": _native_operators(),
         "Limits": f"processor quota {quota}, memory {limit}",
         "Memory": f"{here.memory_total / GIB:.1f} GiB, {here.memory_available / GIB:.1f} GiB available",
     }
@@ -34,3 +35,17 @@ def env(as_json: output.JsonFlag = False) -> None:
     lines = [f"- {name}: {printable(text)}" for name, text in facts.items()]
     lines += [f"- {name}: {version or 'not installed'}" for name, version in here.versions.items()]
     output.stdout().print("\n".join(lines), markup=False)
+
+
+def _native_operators() -> str:
+    """Their instruction set and where they are, or why there are none."""
+    from ryzen_compile.backends.onnxruntime.native import best_isa, library, missing
+    from ryzen_compile.errors import UnsupportedError
+
+    built = library()
+    if built is None:
+        return f"none: {missing()[0]}"
+    try:
+        return f"{best_isa()} ({built.name})"
+    except UnsupportedError as error:
+        return error.message

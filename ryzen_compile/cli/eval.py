@@ -32,6 +32,7 @@ def eval(  # noqa: A001 - the command's name is the function's
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to read, rounded up to whole windows.")] = 20_000,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Windows at once; fewer where memory is short.")] = 8,
+    native: output.NativeFlag = None,
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", min=1, help="Threads; default: usable cores.")
     ] = None,
@@ -45,7 +46,7 @@ def eval(  # noqa: A001 - the command's name is the function's
     as_json: output.JsonFlag = False,
 ) -> None:
     """Measure perplexity on a text and, beside a REFERENCE, mean KL divergence and top-1 agreement."""
-    from ryzen_compile.api import load
+    from ryzen_compile.api import Native, load
     from ryzen_compile.validate.machine import read_machine
     from ryzen_compile.validate.quality import EngineScorer, fitting_batch, perplexity, score
 
@@ -53,7 +54,8 @@ def eval(  # noqa: A001 - the command's name is the function's
     machine = read_machine()
     used = threads or machine.usable_cores
     with ExitStack() as stack:
-        model = stack.enter_context(load(artifact, threads=threads))
+        choice: Native = "auto" if native is None else native
+        model = stack.enter_context(load(artifact, threads=threads, native=choice))
         windows, facts = _windows(model, artifact, text, length, tokens)
         other = None if reference is None else _reference(stack, reference, used)
         fitting = fitting_batch(batch, length, model.spec.vocab, read_machine().usable_memory // 4)
@@ -124,7 +126,8 @@ def _reference(stack: ExitStack, name: str, threads: int) -> Scorer:
     from ryzen_compile.validate.quality import EngineScorer, ModelScorer
 
     if (Path(name) / MANIFEST_NAME).exists():
-        return EngineScorer(stack.enter_context(load(name, threads=threads)).engine)
+        # On stock operators: an artifact beside itself then shows what native ones change.
+        return EngineScorer(stack.enter_context(load(name, threads=threads, native=False)).engine)
     import torch
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars follow it

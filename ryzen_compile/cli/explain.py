@@ -10,6 +10,7 @@ import typer
 
 from ryzen_compile.cli import output
 from ryzen_compile.cli.defaults import DEFAULT_RECIPE
+from ryzen_compile.cli.failure import printable
 
 
 def explain(
@@ -25,13 +26,16 @@ def explain(
     directory = Path(target)
     if (directory / MANIFEST_NAME).exists():
         from ryzen_compile.backends.onnxruntime.artifact import REPORT_NAME, read
+        from ryzen_compile.backends.onnxruntime.native import claimed
 
         found = read(directory, digests=False)
+        claims = claimed(found.model)
         if as_json:
-            output.print_json(found.report)
+            output.print_json({**(found.report or {}), "native": claims.to_json()})
         else:
             stored = directory / "report.md"
             typer.echo(stored.read_text(encoding="utf-8") if stored.exists() else json.dumps(found.report, indent=2))
+            typer.echo(f"\n## Native operators on this machine\n\n{_listed(claims.to_text())}")
             output.stderr().print(f"from {directory / REPORT_NAME}", markup=False)
         return
     from ryzen_compile.api import read_calibration, read_source, rewrite
@@ -54,3 +58,7 @@ def explain(
         output.print_json(report.to_json())
     else:
         typer.echo(report.to_text(), nl=False)
+
+
+def _listed(text: str) -> str:
+    return "\n".join(f"- {printable(line)}" for line in text.splitlines())

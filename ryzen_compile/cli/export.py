@@ -37,6 +37,9 @@ def export(
         int | None, typer.Option(help="For endless streams: keep this many recent tokens, and the sinks.")
     ] = None,
     sinks: Annotated[int | None, typer.Option(help="First tokens that a stream keeps; default: 4.")] = None,
+    native: Annotated[
+        bool, typer.Option("--native", help="Also write the model over our operators and their library, for genai.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate after each pass.")] = False,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
@@ -69,6 +72,7 @@ def export(
             out,
             chosen,
             calibration=calibration,
+            native=native,
             force=force,
             verify=not no_verify,
             trust_remote_code=trust_remote_code,

@@ -31,13 +31,14 @@ def generate(
     ] = None,
     save_prompt_cache: Annotated[Path | None, typer.Option(help="Write PROMPT's cache to this file first.")] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads of ONNX Runtime.")] = None,
+    native: output.NativeFlag = None,
     no_digests: Annotated[bool, typer.Option("--no-digests", help="Do not hash the weights before use.")] = False,
     as_json: output.JsonFlag = False,
 ) -> None:
     """Continue PROMPT with the model in ARTIFACT; tokens appear as they are made."""
     import numpy as np
 
-    from ryzen_compile.api import load
+    from ryzen_compile.api import Native, load
     from ryzen_compile.errors import ArtifactError, UsageError
     from ryzen_compile.runtime.generate import GenerationStats
 
@@ -56,7 +57,8 @@ def generate(
     }
     if temperature:
         sampling |= {"do_sample": True, "temperature": temperature}
-    with load(artifact, threads=threads, digests=not no_digests) as model:
+    choice: Native = "auto" if native is None else native
+    with load(artifact, threads=threads, native=choice, digests=not no_digests) as model:
         tokenizer: Any = model.tokenizer
         if tokenizer is None:
             raise ArtifactError(f"{artifact} holds no tokenizer.json", hint="generate from ids through the Python API")

@@ -11,6 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+NativeFlag = Annotated[
+    bool | None,
+    typer.Option("--native/--no-native", help="Insist on our own operators, or do without; default: where they are."),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 
 

@@ -11,6 +11,7 @@ from ryzen_compile.cli import output
 from ryzen_compile.cli.failure import printable
 
 if TYPE_CHECKING:
+    from ryzen_compile.backends.onnxruntime.candidates import Timed
     from ryzen_compile.backends.onnxruntime.kernel_choices import KernelChoices
     from ryzen_compile.backends.onnxruntime.tuning import Tuning
 
@@ -26,7 +27,7 @@ def tune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and print; write nothing.")] = False,
     as_json: output.JsonFlag = False,
 ) -> None:
-    """Measure threads, spinning, the cost of a step and block choices on this machine; load then uses the result."""
+    """Measure threads, operators, the cost of a step and block choices on this machine; load then uses the result."""
     from ryzen_compile.backends.onnxruntime.kernel_choices import kernel_choices
     from ryzen_compile.backends.onnxruntime.tune import tune as measure
     from ryzen_compile.manifest import require_writable, update_tuning
@@ -57,7 +58,7 @@ def tune(
     if as_json:
         output.print_json(_as_json(tuning, kernels, written=not dry_run))
         return
-    for line in (*_candidates(tuning), "", *_curve(tuning), "", *_kernels(kernels), ""):
+    for line in (*_candidates(tuning), *_operators(tuning), "", *_curve(tuning), "", *_kernels(kernels), ""):
         typer.echo(line)
     typer.echo(f"nothing written: the entry would be {tuning.key}" if dry_run else f"wrote {tuning.key} to {artifact}")
 
@@ -74,7 +75,7 @@ def _counts(text: str) -> list[int]:
 
 
 def _candidates(tuning: Tuning) -> list[str]:
-    from ryzen_compile.backends.onnxruntime.tuning import NEW, PROMPT
+    from ryzen_compile.backends.onnxruntime.candidates import NEW, PROMPT
 
     lines = [
         f"a request of {PROMPT} + {NEW} tokens, ms:",
@@ -85,6 +86,17 @@ def _candidates(tuning: Tuning) -> list[str]:
         figures = f"{1e3 * c.median:>10.1f}{1e3 * c.spread:>10.1f}"
         lines.append(f"{c.threads:>8}{'on' if c.spinning else 'off':>10}{figures}{chosen}")
     return [*lines, tuning.reason]
+
+
+def _operators(tuning: Tuning) -> list[str]:
+    native = tuning.native
+    if native is None:
+        return ["native operators were not measured: ryzen-compile doctor says whether they are there"]
+    lines = ["", f"{'operators':<32}{'median':>10}{'± spread':>10}"]
+    for c in native.candidates:
+        chosen = "  chosen" if c.kinds == native.kinds else ""
+        lines.append(f"{c!s:<32}{1e3 * c.median:>10.1f}{1e3 * c.spread:>10.1f}{chosen}")
+    return [*lines, native.reason]
 
 
 def _curve(tuning: Tuning) -> list[str]:
@@ -116,6 +128,11 @@ def _as_json(tuning: Tuning, kernels: KernelChoices, *, written: bool) -> dict[s
     from dataclasses import asdict
 
     record = tuning.to_json()
-    for entry, candidate in zip(record["candidates"], tuning.candidates, strict=True):
-        entry.update(median=candidate.median, spread=candidate.spread)
+    entries = [*record["candidates"]]
+    ways: list[Timed] = [*tuning.candidates]
+    if tuning.native is not None:
+        entries += record["native"]["candidates"]
+        ways += tuning.native.candidates
+    for entry, way in zip(entries, ways, strict=True):
+        entry.update(median=way.median, spread=way.spread)
     return {"key": tuning.key, **record, "kernels": asdict(kernels), "written": written}

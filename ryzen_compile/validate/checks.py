@@ -169,6 +169,27 @@ def check_onnxruntime(found: Mapping[str, Any]) -> Check:
     return Check("onnxruntime", "pass", f"{detail}; GroupQueryAttention on the CPU")
 
 
+def check_native(found: Mapping[str, Any]) -> Check:
+    """``found`` is what ``probe("native")`` answered, or why there is no library (``missing``) and a ``remedy``."""
+    lost = "ONNX Runtime's own are used: slower products with integer weights, and slower attention over long contexts"
+    if "missing" in found:
+        return Check(
+            "native operators", "warn" if found["remedy"] else "pass", f"{found['missing']}; {lost}", found["remedy"]
+        )
+    if "error" in found:
+        return Check(
+            "native operators", "warn", f"cannot be loaded: {found['error']}; {lost}", "install ryzen-compile again"
+        )
+    if found["isa"] == "scalar":
+        return Check(
+            "native operators",
+            "warn",
+            f"built, but this processor has none of the instruction sets that they are written for; {lost}",
+            "in a virtual machine, pass the host's CPU",
+        )
+    return Check("native operators", "pass", f"{found['isa']}, in ONNX Runtime {found['version']}")
+
+
 def check_genai(machine: Machine) -> Check:
     version = machine.versions.get("onnxruntime-genai")
     if version is None:

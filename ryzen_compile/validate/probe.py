@@ -10,15 +10,16 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
-Subject = Literal["onnxruntime", "gpu"]
+Subject = Literal["onnxruntime", "gpu", "native"]
 
 
-def probe(subject: Subject, *, timeout: float = 60.0) -> dict[str, Any]:
+def probe(subject: Subject, *arguments: str, timeout: float = 60.0) -> dict[str, Any]:
     """What the child found, or ``{"error": why}`` when it could not be asked; never raises for the engine's sake."""
     # -P: the script's own directory stays off the path, or its neighbours would hide libraries of the same name.
-    command = [sys.executable, "-P", "-W", "ignore", __file__, subject]
+    command = [sys.executable, "-P", "-W", "ignore", __file__, subject, *arguments]
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
@@ -45,6 +46,18 @@ def _onnxruntime() -> dict[str, Any]:
     }
 
 
+def _native(library: str) -> dict[str, Any]:
+    """Whether ONNX Runtime takes the operators in ``library``, and the instruction set that they would run on."""
+    import ctypes
+
+    import onnxruntime
+
+    onnxruntime.SessionOptions().register_custom_ops_library(library)
+    ask = ctypes.CDLL(library).RyzenBestIsa
+    ask.restype = ctypes.c_char_p
+    return {"version": onnxruntime.__version__, "isa": ask().decode()}
+
+
 def _gpu() -> dict[str, Any]:
     import torch
 
@@ -61,5 +74,10 @@ def _gpu() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    asked = {"onnxruntime": _onnxruntime, "gpu": _gpu}[sys.argv[1]]
-    sys.stdout.write(json.dumps(asked()) + "\n")
+    questions: dict[str, Callable[..., dict[str, Any]]] = {
+        "onnxruntime": _onnxruntime,
+        "gpu": _gpu,
+        "native": _native,
+    }
+    asked = questions[sys.argv[1]]
+    sys.stdout.write(json.dumps(asked(*sys.argv[2:])) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.export import Dim
 from torch.nn import functional
 
 from ryzen_compile import ops
+from ryzen_compile.backends.onnxruntime import native
 from ryzen_compile.numerics.rows import RowFormat
 from ryzen_compile.program import Program
 from ryzen_compile.runtime.layout import row_layout
@@ -191,6 +193,15 @@ def keep_linear(exported: torch.export.ExportedProgram) -> torch.export.Exported
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The library of native operators; tests that need it are skipped where it was not built."""
+    found = native.library()
+    if found is None:
+        pytest.skip(native.missing()[0])
+    return found
 
 
 @pytest.fixture(scope="session")

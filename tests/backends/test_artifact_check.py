@@ -73,6 +73,19 @@ def subgraph_with(tensor: TensorProto) -> ModelProto:
     return model
 
 
+def calls_native(*functions: str, hidden: bool = False) -> ModelProto:
+    """A node of the domain ``ryzen``, which the model may define, in the graph or in a function's body."""
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ryzen", 1)]
+    node = helper.make_node("SkipRMSNorm", ["x", "", "x"], ["z"], "norm", domain="ryzen")
+    body = [helper.make_node("Identity", ["x"], ["y"])]
+    defined = [helper.make_function("ryzen", name, ["x"], ["y"], body, opsets) for name in functions]
+    model = model_of(functions=defined)
+    (model.functions.add() if hidden else model.graph).node.append(node)
+    if hidden:
+        model.functions[-1].name, model.functions[-1].domain = "hides", "own"
+    return model
+
+
 def in_function(tensor: TensorProto) -> ModelProto:
     body = function("f1")
     body.node.append(helper.make_node("Constant", [], ["v"], value=tensor))
@@ -169,6 +182,17 @@ BAD: dict[str, tuple[ModelProto, type[RyzenCompileError], str]] = {
         r"has 2\.31e\+18 nodes with its functions inlined, the limit is 1000000",
     ),
     "function twice": (model_of(functions=[function("f1"), function("f1")]), ArtifactError, "function 'f1' twice"),
+    "a native operator": (calls_native("Other"), ArtifactError, "node 'norm' calls ryzen::'SkipRMSNorm', which"),
+    "a hidden native operator": (
+        calls_native(hidden=True),
+        ArtifactError,
+        "calls ryzen::'SkipRMSNorm', which the model",
+    ),
+    "a native operator's name": (
+        calls_native("SkipRMSNorm"),
+        ArtifactError,
+        "function 'SkipRMSNorm' has the name of a native operator, which we never write",
+    ),
     "inline too short": (
         model_of(TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2**30], raw_data=b"1234")),
         TamperedError,

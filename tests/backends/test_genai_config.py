@@ -32,6 +32,13 @@ CACHE = [f"past_key_values.{layer}.{half}" for layer in range(2) for half in ("k
 INPUTS = ["input_ids", "attention_mask", *CACHE]
 
 
+def test_a_library_of_operators_is_named_with_the_model_that_calls_it() -> None:
+    found = genai_config(SPEC, inputs=INPUTS, filename="model.native.onnx", operators="libryzen_cpu.so")
+    decoder = found["model"]["decoder"]
+    assert decoder["filename"] == "model.native.onnx"
+    assert decoder["session_options"]["custom_ops_library"] == "libryzen_cpu.so"
+
+
 def test_the_whole_dictionary() -> None:
     assert genai_config(SPEC, inputs=INPUTS, bos_token_id=1, eos_token_id=2, pad_token_id=0) == {
         "model": {

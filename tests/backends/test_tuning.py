@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from ryzen_compile.backends.onnxruntime.candidates import Candidate, NativeCandidate, choose
+from ryzen_compile.backends.onnxruntime.claim_report import KINDS
 from ryzen_compile.backends.onnxruntime.tune import tuned_options
-from ryzen_compile.backends.onnxruntime.tuning import Candidate, Tuning, choose
+from ryzen_compile.backends.onnxruntime.tuning import Tuning
 from ryzen_compile.errors import ArtifactError
 
 KEY = "zen4-2c-32M"
@@ -31,6 +33,42 @@ def test_round_trip() -> None:
     assert tuning.curve == {1: 0.02, 2: 0.021, 16: 0.05} and tuning.candidates[0].visits == (4.0, 4.1)
     assert json.loads(json.dumps(tuning.to_json())) == GOOD
     assert Tuning.from_json(KEY, tuning.to_json()) == tuning
+
+
+NATIVE: dict[str, Any] = {
+    "kinds": ["attention", "matmul"],
+    "reason": "native attention, matmul: the fastest",
+    "candidates": [{"kinds": ["attention", "matmul"], "visits": [4.0]}, {"kinds": [], "visits": [5.0, 5.1]}],
+}
+
+
+def test_native_operators_are_an_optional_part_of_the_record() -> None:
+    """Records from before there were any stand; then, and where none were there to measure, all are used."""
+    without, tuning = (Tuning.from_json(KEY, record) for record in (GOOD, {**GOOD, "native": NATIVE}))
+    assert without.native is None and "native" not in without.to_json()
+    assert tuning.native is not None and tuning.native.kinds == {"attention", "matmul"}
+    assert tuning.native.candidates[1] == NativeCandidate(frozenset(), (5.0, 5.1))
+    assert json.loads(json.dumps(tuning.to_json())) == {**GOOD, "native": NATIVE}
+    for record, kinds in ((GOOD, KINDS), ({**GOOD, "native": NATIVE}, {"attention", "matmul"})):
+        options = tuned_options({"tuned": {KEY: record}}, KEY)
+        assert options is not None and options.native == kinds and not options.require_native
+
+
+def test_native_operators_are_chosen_like_threads() -> None:
+    every, some, none = (
+        NativeCandidate(frozenset(k), v) for k, v in ((KINDS, (10.1,)), (["norm"], (10.0,)), ([], (14.0,)))
+    )
+    assert choose((none, some, every))[0] is every  # within the noise: what runs where nothing was measured
+    chosen, why = choose((none, every))
+    assert (
+        chosen is every
+        and why == "native attention, matmul, norm: the fastest, and nothing simpler comes within the noise"
+    )
+    assert choose((NativeCandidate(KINDS, (20.0,)), none)) == (
+        none,
+        f"{none}: the fastest, and nothing simpler comes within the noise",
+    )
+    assert str(none) == "stock operators"
 
 
 def test_options_come_from_the_record_of_this_machine_only() -> None:
@@ -76,6 +114,19 @@ def test_options_come_from_the_record_of_this_machine_only() -> None:
         (("versions", "onnxruntime"), "1.0\n", "version"),
         (("versions", "onnxruntime"), 1, "version"),
         (("script",), "rm -rf", "'script' is not a field of it"),
+        (("native",), True, "native must have kinds, reason and candidates"),
+        (("native",), {**NATIVE, "script": 1}, "native must have kinds, reason and candidates"),
+        (
+            ("native",),
+            {**NATIVE, "kinds": ["gemm"]},
+            "native must name kinds of native operators, attention, matmul, norm",
+        ),
+        (("native",), {**NATIVE, "kinds": [["norm"]]}, "native must name kinds"),
+        (("native",), {**NATIVE, "kinds": "norm"}, "native must name kinds"),
+        (("native",), {**NATIVE, "reason": 1}, "native must be a text"),
+        (("native",), {**NATIVE, "candidates": []}, "native must have 1 to 8 candidates"),
+        (("native",), {**NATIVE, "candidates": [{"kinds": []}]}, "native must have kinds and visits"),
+        (("native",), {**NATIVE, "candidates": [{"kinds": [], "visits": [0]}]}, "native must be seconds"),
     ],
 )
 def test_odd_fields_are_refused_by_name(place: tuple[Any, ...], value: object, message: str) -> None:

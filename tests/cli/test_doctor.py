@@ -6,6 +6,7 @@ import json
 import pytest
 
 from ryzen_compile import cli
+from ryzen_compile.backends.onnxruntime import native
 from ryzen_compile.cli import doctor
 from ryzen_compile.validate import checks, probe
 from ryzen_compile.validate.machine import CacheGroup, Cpu, Limits, Machine, Topology
@@ -82,6 +83,11 @@ def with_isa(*isa: str, system: str = GOOD.system) -> Machine:
         (checks.check_onnxruntime(ORT), "pass", "GroupQueryAttention on the CPU"),
         (checks.check_onnxruntime({**ORT, "group_query_attention": False}), "fail", "no GroupQueryAttention"),
         (checks.check_onnxruntime({"error": "ended in SIGILL"}), "fail", "SIGILL"),
+        (checks.check_native({"isa": "avx2_vnni", "version": "1.31.1"}), "pass", "avx2_vnni, in ONNX Runtime 1.31.1"),
+        (checks.check_native({"missing": "no compiler", "remedy": "install g++"}), "warn", "slower products"),
+        (checks.check_native({"missing": "this is Darwin", "remedy": ""}), "pass", "ONNX Runtime's own are used"),
+        (checks.check_native({"error": "ended in SIGILL"}), "warn", "cannot be loaded: ended in SIGILL"),
+        (checks.check_native({"isa": "scalar", "version": "1.31.1"}), "warn", "pass the host's CPU"),
         (checks.check_genai(GOOD), "pass", "0.18.0"),
         (checks.check_genai(dataclasses.replace(GOOD, versions={})), "warn", "pip install onnxruntime-genai"),
         (checks.check_gpu({"device": None, "triton": None}), "pass", "no CUDA device"),
@@ -169,4 +175,34 @@ def test_no_color_is_honoured(monkeypatch, capsys):
 def test_this_machine_passes_for_real(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     found = {check["name"]: check["status"] for check in json.loads(capsys.readouterr().out)["checks"]}
-    assert found["onnxruntime"] == "pass" and len(found) == 11 and {"topology", "int8 kernels"} <= set(found)
+    assert found["onnxruntime"] == "pass" and len(found) == 12 and {"topology", "int8 kernels"} <= set(found)
+    assert found["native operators"] == ("pass" if native.unusable() == "" else "warn")
+
+
+def test_a_library_that_cannot_be_loaded_is_an_answer(tmp_path):
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"\x7fELF and nothing more")
+    assert "broken.so" in probe.probe("native", str(broken))["error"]
+
+
+@pytest.mark.parametrize("built", [None, "here"])
+def test_the_library_is_asked_for_in_a_child(monkeypatch, tmp_path, built):
+    asked = []
+    library = None if built is None else tmp_path / built
+    monkeypatch.setattr(native, "library", lambda: library)
+    monkeypatch.setattr(native, "missing", lambda: ("not built", "build it"))
+    monkeypatch.setattr(probe, "probe", lambda *arguments: asked.append(arguments) or {"isa": "avx2"})
+    found = doctor._native_operators()
+    assert found == ({"missing": "not built", "remedy": "build it"} if built is None else {"isa": "avx2"})
+    assert asked == ([] if built is None else [("native", str(library))])
+
+
+def test_env_names_the_instruction_set_or_what_is_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "missing", lambda: ("not built", "build it"))
+    assert cli.main(["env"]) == 0
+    assert "- Native operators: none: not built\n" in capsys.readouterr().out
+    monkeypatch.setattr(native, "library", lambda: tmp_path / "lib.so")
+    monkeypatch.setattr(native, "best_isa", lambda: "avx2_vnni")
+    assert cli.main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["native"] == "avx2_vnni (lib.so)"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # a Program needs torch, and a session ONNX Runtime: each is 
 
 MODEL_NAME = "model.onnx"
 PREFILL_NAME = "prefill.onnx"
+NATIVE_NAME = "model.native.onnx"  # over our own operators, for other runtimes; never read here
+LIBRARY_NAME = "libryzen_cpu.so"  # these operators
 REQUIRED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 # Written out, so that asking for it imports nothing; a test compares it with the rules.
 SUPPORTED = frozenset(

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto
 
-from ryzen_compile.backends.onnxruntime import MODEL_NAME, PREFILL_NAME
+from ryzen_compile.backends.onnxruntime import LIBRARY_NAME, MODEL_NAME, NATIVE_NAME, PREFILL_NAME
 from ryzen_compile.backends.onnxruntime.artifact_check import check_model
 from ryzen_compile.backends.onnxruntime.cache_file import CACHE_NAME, read_shifts, write_shifts
 from ryzen_compile.backends.onnxruntime.genai import GENAI_CONFIG_NAME, genai_config, known_tokenizer_class
+from ryzen_compile.backends.onnxruntime.native import write_native
 from ryzen_compile.errors import ArtifactError
 from ryzen_compile.manifest import listed_files, read_manifest, shown, verify_files, write_manifest
 from ryzen_compile.numerics.row_shift import RowShift
@@ -77,7 +78,9 @@ class Artifact:
     @property
     def identity(self) -> str:
         """A digest of the model's files and its weights: what cached rows belong to."""
-        files = {name: facts for name, facts in self.manifest["files"].items() if ".onnx" in name}
+        files = {
+            name: facts for name, facts in self.manifest["files"].items() if ".onnx" in name and name != NATIVE_NAME
+        }
         return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -100,11 +103,13 @@ def write(
     facts: Mapping[str, Any],
     report: Any = None,
     companions: Companions | None = None,
+    native: bool = False,
     force: bool = False,
 ) -> Path:
     """Publishes an artifact at ``out``; ``write_model(directory)`` writes ``model.onnx``, its data, and a second form.
 
-    ``motion`` says how cached keys are moved, or why they cannot be.
+    ``motion`` says how cached keys are moved, or why they cannot be. ``native`` adds the model over our own operators,
+    which reads the same data, and their library; onnxruntime-genai then runs these.
 
     Raises ``UsageError``, ``ArtifactError``, ``BusyError`` or ``ResourceError`` as ``Staging`` does; whatever was at
     ``out`` before is then untouched.
@@ -114,13 +119,24 @@ def write(
         write_model(stage.path)
         if not isinstance(motion, str):
             write_shifts(stage.path, motion, slots)
-        inputs = [value.name for value in check_model(stage.path, MODEL_NAME).graph.input]
+        model = check_model(stage.path, MODEL_NAME)
+        inputs = [value.name for value in model.graph.input]
+        if native:
+            write_native(model, stage.path / NATIVE_NAME, stage.path / LIBRARY_NAME)
         generation = dict(companions.generation_config or {})
         special = {
             k: _first_known(k, generation, companions.config) for k in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
         window = max((slot.window for slot in slots), default=0)
-        described = genai_config(spec, inputs=inputs, generation=generation, window=window, **special)
+        described = genai_config(
+            spec,
+            inputs=inputs,
+            generation=generation,
+            window=window,
+            filename=NATIVE_NAME if native else MODEL_NAME,
+            operators=LIBRARY_NAME if native else None,
+            **special,
+        )
         _dump(stage.path / GENAI_CONFIG_NAME, described)
         if companions.config is not None:
             _dump(stage.path / CONFIG_NAME, companions.config)

@@ -16,6 +16,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, TensorProto
 
+from ryzen_compile.backends.onnxruntime.claim_report import NATIVE, OPERATORS
 from ryzen_compile.backends.onnxruntime.integer_check import check_integer_weights
 from ryzen_compile.errors import ArtifactError, ResourceError, TamperedError, UnsafeError
 from ryzen_compile.manifest import name_fault, open_plain, shown
@@ -73,6 +74,7 @@ def check_model(
         else:
             _check_inline(tensor, expected)
     check_integer_weights(model)
+    _check_operators(model)
     return model
 
 
@@ -121,6 +123,20 @@ def _check_size(model: ModelProto, name: str) -> None:
     nodes = sum(_own_nodes(root) + sum(expanded[callee] for callee in _calls(root, bodies)) for root in roots)
     if max(nodes, sum(map(_own_nodes, model.functions))) > MAX_NODES:
         raise ArtifactError(f"{shown(name)} has {nodes:.3g} nodes with its functions inlined, the limit is {MAX_NODES}")
+
+
+def _check_operators(model: ModelProto) -> None:
+    """Refuses our operators in the file: which nodes they compute is decided here, on checked standard nodes."""
+    functions = {(function.domain, function.name, function.overload) for function in model.functions}
+    for domain, name, _ in functions:
+        if domain == NATIVE and name in OPERATORS:
+            raise ArtifactError(f"function {shown(name)} has the name of a native operator, which we never write")
+    for graph in _graphs(model):
+        for node in graph.node:
+            if node.domain == NATIVE and (node.domain, node.op_type, node.overload) not in functions:
+                raise ArtifactError(
+                    f"node {shown(node.name)} calls {NATIVE}::{shown(node.op_type)}, which the model does not define"
+                )
 
 
 def _own_nodes(root: GraphProto | FunctionProto) -> int:

@@ -56,6 +56,7 @@ def genai_config(
     generation: Mapping[str, Any] | None = None,
     window: int = 0,
     filename: str = "model.onnx",
+    operators: str | None = None,
 ) -> dict[str, Any]:
     """The content of ``genai_config.json``, as a new dictionary.
 
@@ -63,7 +64,8 @@ def genai_config(
     and ``.value`` (gaps in N are fine), ``attention_mask`` and ``position_ids`` are declared only if present.
     ``generation`` holds the model's generation defaults, of which sampling settings that are not None are taken over;
     beams are not, because a shared cache buffer serves a single beam. ``window`` is the largest of the layers whose
-    attention drops old rows by itself: no buffer may be shorter, and genai makes all as long as ``max_length``. Raises
+    attention drops old rows by itself: no buffer may be shorter, and genai makes all as long as ``max_length``.
+    ``operators`` is a library of operators that ``filename`` calls, beside it. Raises
     UnsupportedError for an input that genai would leave without a value and for a cache without its other half.
     """
     present = _known_inputs(inputs)
@@ -81,7 +83,11 @@ def genai_config(
             "num_hidden_layers": spec.layers,
             "num_key_value_heads": spec.kv_heads,
             # No thread counts: they belong to the machine that runs the artifact, not to the one that made it.
-            "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            "session_options": {
+                "log_id": "onnxruntime-genai",
+                "provider_options": [],
+                **({"custom_ops_library": operators} if operators is not None else {}),
+            },
             "inputs": {
                 "input_ids": "input_ids",
                 **{name: name for name in _OPTIONAL_INPUTS if name in present},

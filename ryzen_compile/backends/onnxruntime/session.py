@@ -3,6 +3,9 @@
 The cache's buffers are bound as past and as present at once, so a step appends in place and copies nothing. A decode
 step rebinds one input, the attention mask, because its length is part of its shape. An artifact may hold its model
 twice, the second time for prompts; both sessions then work on the same cache.
+
+Where the library of native operators is there, a session runs a graph in which they have taken the place of ONNX
+Runtime's own (``claim``); what became of it is the engine's ``claims``. Where that fails, the stock graph runs.
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as native
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
-from ryzen_compile.errors import ArtifactError, UnsupportedError, UsageError
+from ryzen_compile.backends.onnxruntime import native
+from ryzen_compile.backends.onnxruntime.claim_report import KINDS, ClaimReport
+from ryzen_compile.errors import ArtifactError, RyzenCompileError, UnsupportedError, UsageError
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.spec import CacheSlot, ModelSpec
 from ryzen_compile.validate.machine import read_cpu
 
-LOAD_ERRORS = (native.Fail, native.InvalidArgument, native.InvalidGraph, native.InvalidProtobuf, native.NoSuchFile)
+LOAD_ERRORS = (runtime.Fail, runtime.InvalidArgument, runtime.InvalidGraph, runtime.InvalidProtobuf, runtime.NoSuchFile)
+NATIVE_ERRORS = (*LOAD_ERRORS, runtime.NotImplemented, runtime.RuntimeException, runtime.NotFound, RuntimeError)
 LONE_TOKEN = 1  # products of one row may sum in another order than those of several
 KEPT_LOGITS = 1 << 22  # elements; a larger buffer, after a long prompt, is given back by the next small step
 
@@ -34,24 +40,35 @@ class SessionOptions:
     """``threads`` None leaves the number to ONNX Runtime (one per physical core). ``spinning`` lets idle threads wait
     busily: fastest alone, wasteful in company. ``prefill_from`` is the number of new tokens from which the model's
     second form for prompts is used, where there is one. ``profile`` records every node's time; see
-    ``OrtEngine.end_profile``."""
+    ``OrtEngine.end_profile``.
+
+    ``native`` are the kinds of nodes that our own operators may take over, none for a stock session; ``require_native``
+    makes it an error when they cannot. ``isa`` forces their instruction set."""
 
     threads: int | None = None
     spinning: bool = True
     prefill_from: int = 16
     profile: bool = False
+    native: frozenset[str] = KINDS
+    require_native: bool = False
+    isa: str = "auto"
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads must be at least 1, got {self.threads}")
+        if unknown := self.native - KINDS:
+            raise UsageError(
+                f"kinds of native operators are {', '.join(sorted(KINDS))}, got {', '.join(sorted(unknown))}"
+            )
 
 
 class OrtEngine:
     """An ``Engine`` over the model at ``path``; ``slots`` are the model's own, heads padded where it pads them.
 
     ``prefill`` is a second form of the model for many new tokens; on a processor that would compute it wrongly there is
-    a warning instead. Raises ``ArtifactError`` when a file cannot be loaded and ``UnsupportedError`` when it lacks an
-    input that the slots call for.
+    a warning instead, and where native products serve prompts as well it is not opened. ``claims`` says what runs on
+    native operators. Raises ``ArtifactError`` when a file cannot be loaded and ``UnsupportedError`` when it lacks an
+    input that the slots call for, or when native operators are required and cannot be had.
     """
 
     name = "onnxruntime"
@@ -67,12 +84,16 @@ class OrtEngine:
         self.spec = spec
         self.slots = slots
         self._main = BoundSession(path, spec, len(slots), options)
-        usable = prefill is not None and _sums_bytes_exactly()
-        self._prefill = BoundSession(prefill, spec, len(slots), options) if prefill and usable else None
+        self.claims = self._main.claims
+        wanted = prefill is not None and "matmul" not in self.claims.whole and _sums_bytes_exactly()
+        self._prefill = BoundSession(prefill, spec, len(slots), options) if prefill and wanted else None
         self._prefill_from = options.prefill_from
         self._directory: tempfile.TemporaryDirectory | None = None
         self.all_logits = self._main.all_logits
-        self.prompt_from = self._prefill_from if self._prefill is not None else LONE_TOKEN + 1
+        alike = LONE_TOKEN if self.claims.rows_alike else LONE_TOKEN + 1
+        self.prompt_from = self._prefill_from if self._prefill is not None else alike
+        sessions = [session for session in (self._main, self._prefill) if session is not None]
+        self._together = all("attention" in session.claims.whole for session in sessions)
 
     def keep(self, directory: tempfile.TemporaryDirectory) -> None:
         """Ties a temporary directory that holds the model to this engine's life."""
@@ -82,7 +103,7 @@ class OrtEngine:
         """See ``Engine.step``. The array returned is overwritten by the next step.
 
         Raises ``UsageError`` when the cache has no room for the tokens, and for several new tokens in several rows that
-        hold some already, which the operator cannot do.
+        hold some already, which ONNX Runtime's own attention cannot do.
         """
         batch, new = tokens.shape
         longest = int(cache.lengths.max())
@@ -93,7 +114,7 @@ class OrtEngine:
                 f"{cache.capacity} tokens",
                 hint="reserve room before the step",
             )
-        if batch > 1 and new > 1 and longest:
+        if batch > 1 and new > 1 and longest and not self._together:
             raise UsageError(
                 f"{new} new tokens in {batch} rows that hold {longest} already", hint="step row by row, with cache.row"
             )
@@ -119,7 +140,8 @@ class BoundSession:
 
     def __init__(self, path: Path, spec: ModelSpec, slots: int, options: SessionOptions) -> None:
         self._vocab = spec.vocab
-        self._session: Any = _open(path, options)
+        self._session: Any
+        self._session, self.claims = _open(path, options)
         self._binding = self._session.io_binding()
         known = {value.name for value in (*self._session.get_inputs(), *self._session.get_outputs())}
         self._past = [(f"past_key_values.{i}.key", f"past_key_values.{i}.value") for i in range(slots)]
@@ -218,17 +240,42 @@ def _pointer(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _open(path: Path, options: SessionOptions) -> Any:
-    native_options = onnxruntime.SessionOptions()
-    native_options.log_severity_level = 3  # errors: what we can act on is raised
-    native_options.intra_op_num_threads = options.threads or 0
-    native_options.inter_op_num_threads = 1
-    native_options.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
-    if options.profile:
-        native_options.enable_profiling = True
-        native_options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "ryzen_compile")
+def _open(path: Path, options: SessionOptions) -> tuple[Any, ClaimReport]:
+    """A session of the model at ``path``, over native operators if it may and can have them."""
+    why = native.unusable(options.isa) if options.native else "they are switched off"
+    if options.native and (not why or options.require_native):
+        try:
+            return native.open_claimed(path, _runtime_options(options), options.native, options.isa)
+        except RyzenCompileError:  # some are RuntimeErrors too, and say it already
+            raise
+        except NATIVE_ERRORS as error:
+            why = _first_line(error)
+            if options.require_native:
+                raise UnsupportedError(
+                    f"native operators cannot run {path}: {why}", hint="without native=True it runs on stock ones"
+                ) from error
+            warnings.warn(f"{path} runs on stock operators, native ones failed: {why}", stacklevel=4)
     try:
-        return onnxruntime.InferenceSession(str(path), native_options, providers=["CPUExecutionProvider"])
+        stock = onnxruntime.InferenceSession(str(path), _runtime_options(options), providers=["CPUExecutionProvider"])
     except LOAD_ERRORS as error:
-        first = str(error).strip().splitlines()[0]
-        raise ArtifactError(f"ONNX Runtime cannot load {path}: {first[:300]}", hint="export the model again") from error
+        raise ArtifactError(
+            f"ONNX Runtime cannot load {path}: {_first_line(error)}", hint="export the model again"
+        ) from error
+    return stock, ClaimReport(reason=why)
+
+
+def _runtime_options(options: SessionOptions) -> onnxruntime.SessionOptions:
+    """ONNX Runtime's own options."""
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # errors: what we can act on is raised
+    settings.intra_op_num_threads = options.threads or 0
+    settings.inter_op_num_threads = 1
+    settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
+    if options.profile:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(tempfile.gettempdir()) / "ryzen_compile")
+    return settings
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

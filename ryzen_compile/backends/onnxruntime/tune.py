@@ -1,4 +1,5 @@
-"""Measuring how an artifact runs best on this machine: threads, spinning, and what a step of several tokens costs.
+"""Measuring how an artifact runs best on this machine: threads, spinning, native operators or stock ones, and what a
+step of several tokens costs.
 
 One session is open at a time. The threads of an idle session keep spinning on the cores for a while, so two sessions
 that are open together slow each other down, and what is measured is their quarrel. Candidates can therefore not take
@@ -14,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,11 @@ import numpy as np
 
 from ryzen_compile.backends.onnxruntime import artifact
 from ryzen_compile.backends.onnxruntime.artifact import Artifact
+from ryzen_compile.backends.onnxruntime.candidates import NEW, PROMPT, Candidate, NativeCandidate, choose
+from ryzen_compile.backends.onnxruntime.claim_report import KINDS
+from ryzen_compile.backends.onnxruntime.native import claimed
 from ryzen_compile.backends.onnxruntime.session import OrtEngine, SessionOptions
-from ryzen_compile.backends.onnxruntime.tuning import (
-    MOST_THREADS_PER_CORE,
-    NEW,
-    PROMPT,
-    Candidate,
-    Tuning,
-    choose,
-)
+from ryzen_compile.backends.onnxruntime.tuning import MOST_THREADS_PER_CORE, NativeTuning, Tuning
 from ryzen_compile.errors import UsageError
 from ryzen_compile.manifest import tuned
 from ryzen_compile.runtime.cache import KVCache
@@ -42,7 +40,7 @@ MEASURED_PROMPT = 128  # tokens; the request's prompt is counted as several of t
 LEAST_ROUNDS, MOST_ROUNDS = 3, 9
 VISIT_SECONDS = 0.5  # of decode steps
 LEAST_STEPS, MOST_STEPS = 3, 50
-CHOICE_SHARE = 0.7  # of the budget; the rest is the curve's
+THREADS_SHARE, CHOICE_SHARE = 0.4, 0.7  # of the budget, when their choice and all choices end; the curve has the rest
 
 
 def tune(
@@ -57,6 +55,7 @@ def tune(
 
     ``threads`` are the numbers to try (None: ``thread_candidates``). Candidates are compared by a request of ``PROMPT``
     tokens and ``NEW`` generated ones, of which a shorter prompt and some steps are measured and the rest is computed.
+    Then, where there are native operators, all of them are compared with none and with all but each kind.
     ``budget_seconds`` is an aim: ``LEAST_ROUNDS`` visits of each candidate are made however long they take.
 
     Raises ``UsageError`` for a budget or numbers of threads that make no sense, and what reading an artifact raises.
@@ -66,13 +65,19 @@ def tune(
     if not 0 < budget_seconds < float("inf"):
         raise UsageError(f"the budget must be a number of seconds above 0, got {budget_seconds}")
     bench = _Bench(artifact.read(directory, digests=digests))
-    end = time.perf_counter() + budget_seconds
+    start = time.perf_counter()
+    ends = [start + share * budget_seconds for share in (THREADS_SHARE, CHOICE_SHARE, 1)]
     settings = [SessionOptions(count, on) for count in counts for on in ((True, False) if count > 1 else (True,))]
-    candidates = _compare(bench, settings, end - (1 - CHOICE_SHARE) * budget_seconds, progress)
+    names = [str(Candidate(options.threads or 1, options.spinning, ())) for options in settings]
+    visits = _compare(bench, dict(zip(names, settings, strict=True)), ends[0], progress)
+    candidates = tuple(Candidate(o.threads or 1, o.spinning, v) for o, v in zip(settings, visits, strict=True))
     best, reason = choose(candidates)
+    options = SessionOptions(best.threads, best.spinning)
+    native = _choose_native(bench, options, ends[1], progress)
+    options = options if native is None else replace(options, native=native.kinds)
     _say(progress, f"measuring the cost of a step with {best}")
-    with bench.opened(SessionOptions(best.threads, best.spinning)) as subject:
-        curve, decode, prefill = _profile(subject, end)
+    with bench.opened(options) as subject:
+        curve, decode, prefill = _profile(subject, ends[2])
     return Tuning(
         key=cpu_key(machine),
         threads=best.threads,
@@ -83,6 +88,7 @@ def tune(
         decode=decode,
         prefill=prefill,
         candidates=candidates,
+        native=native,
         versions={name: machine.versions[name] or "unknown" for name in ("ryzen-compile", "onnxruntime")},
     )
 
@@ -96,7 +102,8 @@ def tuned_options(manifest: Mapping[str, Any], key: str) -> SessionOptions | Non
     if record is None:
         return None
     tuning = Tuning.from_json(key, record)
-    return SessionOptions(tuning.threads, tuning.spinning)
+    native = KINDS if tuning.native is None else tuning.native.kinds
+    return SessionOptions(tuning.threads, tuning.spinning, native=native)
 
 
 def thread_candidates(machine: Machine) -> tuple[int, ...]:
@@ -165,10 +172,26 @@ class _Subject:
         return self.step(self.bench.prompt, 0)
 
 
+def _choose_native(
+    bench: _Bench, options: SessionOptions, until: float, progress: Progress | None
+) -> NativeTuning | None:
+    """Which kinds of native operators to use with ``options``; None where there are none, or nothing for them to do."""
+    have = claimed(bench.found.model).kinds
+    if not have:
+        return None
+    sets = list(dict.fromkeys([have, *(have - {kind} for kind in sorted(have)), frozenset[str]()]))
+    ways = {str(NativeCandidate(kinds, ())): replace(options, native=kinds) for kinds in sets}
+    visits = _compare(bench, ways, until, progress)
+    candidates = tuple(NativeCandidate(kinds, seconds) for kinds, seconds in zip(sets, visits, strict=True))
+    best, reason = choose(candidates)
+    return NativeTuning(best.kinds, reason, candidates)
+
+
 def _compare(
-    bench: _Bench, settings: Sequence[SessionOptions], until: float, progress: Progress | None
-) -> tuple[Candidate, ...]:
-    """Rounds of visits until the clock shows ``until``."""
+    bench: _Bench, ways: Mapping[str, SessionOptions], until: float, progress: Progress | None
+) -> list[tuple[float, ...]]:
+    """The seconds of a request by visits, for each of the named ways: rounds until the clock shows ``until``."""
+    names, settings = list(ways), list(ways.values())
     visits: list[list[float]] = [[] for _ in settings]
     for number in range(MOST_ROUNDS):
         started = time.perf_counter()
@@ -177,15 +200,11 @@ def _compare(
             with bench.opened(settings[index]) as subject:
                 visits[index].append(_request_seconds(subject))
             seconds = statistics.median(visits[index])
-            shown = Candidate(settings[index].threads or 1, settings[index].spinning, (seconds,))
-            _say(progress, f"round {number + 1}, {shown}: {seconds:.2f} s a request")
+            _say(progress, f"round {number + 1}, {names[index]}: {seconds:.2f} s a request")
         now = time.perf_counter()
         if number + 1 >= LEAST_ROUNDS and now + (now - started) > until:
             break
-    return tuple(
-        Candidate(options.threads or 1, options.spinning, tuple(seconds))
-        for options, seconds in zip(settings, visits, strict=True)
-    )
+    return [tuple(seconds) for seconds in visits]
 
 
 def _request_seconds(subject: _Subject) -> float:

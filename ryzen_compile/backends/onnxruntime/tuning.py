@@ -6,24 +6,22 @@ How the figures are measured is ``tune``'s business.
 
 from __future__ import annotations
 
-import math
 import re
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
+from ryzen_compile.backends.onnxruntime.candidates import Candidate, NativeCandidate
+from ryzen_compile.backends.onnxruntime.claim_report import KINDS
 from ryzen_compile.errors import ArtifactError
 from ryzen_compile.manifest import shown
 
-PROMPT, NEW = 512, 128  # tokens of the request that candidates are compared by
 LONGEST_STEP = 64  # new tokens of a step that a cost curve may hold
 MOST_SECONDS = 1e5
 MOST_TOKENS = 1 << 24
 MOST_CANDIDATES = 1_000
 MOST_VISITS = 1_000
 MOST_THREADS_PER_CORE = 8
-NOISE_FLOOR = 0.02  # of a median: differences below it are not worth a thread
 UNSTEADY = 1.5
 _KEY = re.compile(r"[A-Za-z0-9_.+]{1,60}-(?P<cores>[1-9][0-9]{0,3})c(-[0-9.]{1,10}M)?")
 _VERSION = re.compile(r"[A-Za-z0-9._+!-]{1,60}")
@@ -31,34 +29,26 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One way to run, and the seconds that a request of ``PROMPT`` + ``NEW`` tokens took by each visit's measure."""
+class NativeTuning:
+    """Which kinds of native operators are worth it, and by how much."""
 
-    threads: int
-    spinning: bool
-    visits: tuple[float, ...]
+    kinds: frozenset[str]
+    reason: str
+    candidates: tuple[NativeCandidate, ...]
 
-    @property
-    def median(self) -> float:
-        """Seconds of the request."""
-        return statistics.median(self.visits)
-
-    @property
-    def spread(self) -> float:
-        """Seconds by which the median may be off: 1.48 median absolute deviations (a standard deviation, of a normal
-        distribution) over the square root of the number of visits, and no less than ``NOISE_FLOOR`` of the median."""
-        deviation = statistics.median(abs(seconds - self.median) for seconds in self.visits)
-        return max(1.4826 * deviation / math.sqrt(len(self.visits)), NOISE_FLOOR / 2 * self.median)
-
-    def __str__(self) -> str:
-        return f"{self.threads} thread{'s'[: self.threads > 1]}, spinning {'on' if self.spinning else 'off'}"
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kinds": sorted(self.kinds),
+            "reason": self.reason,
+            "candidates": [{"kinds": sorted(c.kinds), "visits": list(c.visits)} for c in self.candidates],
+        }
 
 
 @dataclass(frozen=True)
 class Tuning:
     """``curve`` has the seconds of one step of M new tokens behind ``context`` others, ``decode`` those of one new
     token behind each of some contexts, ``prefill`` those of a prompt of some tokens in an empty cache: medians, all
-    with the chosen ``threads`` and ``spinning``."""
+    with the chosen ``threads``, ``spinning`` and operators. ``native`` is None where there were none to try."""
 
     key: str
     threads: int
@@ -70,6 +60,7 @@ class Tuning:
     prefill: dict[int, float]
     candidates: tuple[Candidate, ...]
     versions: dict[str, str]
+    native: NativeTuning | None = None
 
     @property
     def steady(self) -> bool:
@@ -89,6 +80,7 @@ class Tuning:
                 {"threads": c.threads, "spinning": c.spinning, "visits": list(c.visits)} for c in self.candidates
             ],
             "versions": dict(self.versions),
+            **({} if self.native is None else {"native": self.native.to_json()}),
         }
 
     @classmethod
@@ -114,32 +106,12 @@ class Tuning:
             prefill=fields.read("prefill", lambda value: _seconds_by_count(value, MOST_TOKENS)),
             candidates=fields.read("candidates", lambda value: _candidates(value, most)),
             versions=fields.read("versions", _versions),
+            native=fields.read("native", _native, optional=True),
         )
         fields.require_end()
         if 1 not in tuning.curve:
             raise _refused(key, "curve has no figure for 1 token")
         return tuning
-
-
-def choose(candidates: tuple[Candidate, ...]) -> tuple[Candidate, str]:
-    """The simplest candidate (fewest threads, then spinning on) that the fastest does not beat by more than the noise,
-    and why in words. The noise between two is twice their spreads, added as independent errors are."""
-    fastest = min(candidates, key=lambda c: c.median)
-
-    def noise(candidate: Candidate) -> float:
-        return 2 * math.hypot(candidate.spread, fastest.spread)
-
-    simplest_first = sorted(candidates, key=lambda c: (c.threads, not c.spinning))
-    chosen = next(c for c in simplest_first if c is fastest or c.median - fastest.median <= noise(c))
-    if len(candidates) == 1:
-        return chosen, f"{chosen}: nothing else was tried"
-    if chosen is fastest:
-        return chosen, f"{chosen}: the fastest, and nothing simpler comes within the noise"
-    gap = chosen.median - fastest.median
-    return chosen, (
-        f"{chosen}: {fastest} is {1e3 * gap:.1f} ms a request faster, which is within the noise of "
-        f"{1e3 * noise(chosen):.1f} ms"
-    )
 
 
 class _Fields:
@@ -151,7 +123,15 @@ class _Fields:
         self._key = key
         self._left = dict(record)
 
-    def read(self, name: str, check: Callable[[object], Value]) -> Value:
+    @overload
+    def read(self, name: str, check: Callable[[object], Value]) -> Value: ...
+
+    @overload
+    def read(self, name: str, check: Callable[[object], Value], *, optional: bool) -> Value | None: ...
+
+    def read(self, name: str, check: Callable[[object], Value], *, optional: bool = False) -> Value | None:
+        if name not in self._left and optional:
+            return None
         if name not in self._left:
             raise _refused(self._key, f"{name} is missing")
         try:
@@ -213,11 +193,33 @@ def _candidates(value: object, most_threads: int) -> tuple[Candidate, ...]:
 def _candidate(entry: object, most_threads: int) -> Candidate:
     if not isinstance(entry, Mapping) or set(entry) != {"threads", "spinning", "visits"}:
         raise ValueError(f"must have threads, spinning and visits each, got {shown(entry)}")
-    visits = entry["visits"]
+    threads = _count(entry["threads"], 1, most_threads)
+    return Candidate(threads, _flag(entry["spinning"]), _visits(entry["visits"]))
+
+
+def _visits(visits: object) -> tuple[float, ...]:
     if not isinstance(visits, list) or not 1 <= len(visits) <= MOST_VISITS:
         raise ValueError(f"must have 1 to {MOST_VISITS} visits each, got {shown(visits)}")
-    threads = _count(entry["threads"], 1, most_threads)
-    return Candidate(threads, _flag(entry["spinning"]), tuple(_seconds(seconds) for seconds in visits))
+    return tuple(_seconds(seconds) for seconds in visits)
+
+
+def _native(value: object) -> NativeTuning:
+    if not isinstance(value, Mapping) or set(value) != {"kinds", "reason", "candidates"}:
+        raise ValueError(f"must have kinds, reason and candidates, got {shown(value)}")
+    entries = value["candidates"]
+    if not isinstance(entries, list) or not 1 <= len(entries) <= 2 ** len(KINDS):
+        raise ValueError(f"must have 1 to {2 ** len(KINDS)} candidates, got {shown(entries)}")
+    for entry in entries:
+        if not isinstance(entry, Mapping) or set(entry) != {"kinds", "visits"}:
+            raise ValueError(f"must have kinds and visits for each candidate, got {shown(entry)}")
+    candidates = tuple(NativeCandidate(_kinds(entry["kinds"]), _visits(entry["visits"])) for entry in entries)
+    return NativeTuning(_kinds(value["kinds"]), _text(value["reason"]), candidates)
+
+
+def _kinds(value: object) -> frozenset[str]:
+    if not isinstance(value, list) or not all(isinstance(kind, str) and kind in KINDS for kind in value):
+        raise ValueError(f"must name kinds of native operators, {', '.join(sorted(KINDS))}, got {shown(value)}")
+    return frozenset(value)
 
 
 def _versions(value: object) -> dict[str, str]:
