@@ -4,8 +4,8 @@
 
 The 4-bit artifact of the shipped model is opened with and without native operators. 200 held-out prompts are continued
 by 64 tokens each with both, and where they part is listed with how far apart the stock session's logits of the two
-tokens were. Then both are scored on held-out windows of the model's full context: perplexity of the one over that of the
-other. Results are appended to ``benchmarks/data/native_quality.csv``.
+tokens were. Then both are scored on held-out windows of the model's full context: perplexity of the one over the
+other's. Results are appended to ``benchmarks/data/native_quality.csv``.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from onnx import TensorProto, helper
 import ryzen_compile
 from ryzen_compile.backends.onnxruntime import native
 from ryzen_compile.backends.onnxruntime.artifact import slots_of
-from ryzen_compile.backends.onnxruntime.claim import KINDS
+from ryzen_compile.backends.onnxruntime.claim_report import KINDS
 from ryzen_compile.backends.onnxruntime.kernel_choices import nbits_shapes, write_stand_in
 from ryzen_compile.manifest import read_manifest
 from ryzen_compile.runtime.cache import KVCache
@@ -280,7 +280,7 @@ def append(samples: dict[str, list[dict[str, float]]], args: argparse.Namespace)
     facts = [when, args.shape, args.kv, args.threads, machine.cpu.name, versions["onnxruntime"]]
     fresh = not DATA.exists()
     with DATA.open("a", newline="") as stream:
-        writer = csv.writer(stream)
+        writer = csv.writer(stream, lineterminator="\n")
         if fresh:
             writer.writerow(["when", "shape", "kv", "threads", "cpu", "onnxruntime", "side", "round", "name", "value"])
         for side, rounds in samples.items():

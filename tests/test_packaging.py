@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from ryzen_compile.kernels import cpu
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -129,7 +131,7 @@ def test_wheel_content(tmp_path):
     assert {name.split("/")[0] for name in names} == {"ryzen_compile", "ryzen_compile-0.1.0.dist-info"}
     assert {"ryzen_compile/kernels/__init__.py", "ryzen_compile/py.typed"} <= set(names)
     library = f"ryzen_compile/kernels/cpu/_ryzen_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    assert (library in names) == (shutil.which("g++") is not None and sys.platform == "linux")
+    assert (library in names) == (shutil.which("g++") is not None and cpu.supported())
     assert not [name for name in names if name.endswith((".cpp", ".h", ".inl"))]
 
 

@@ -69,7 +69,8 @@ def parse_recipe(text: str) -> Subject:
 
     Codes are rounded to the nearest unless a ``method`` is given: speed does not depend on them, and to calibrate
     random weights takes long and finds nothing. The whole recipe is what the engine is told, so that one whose
-    definition has changed is exported anew. Raises ``ConfigError`` for what is no recipe or no setting.
+    definition has changed is exported anew. ``native=false`` is no setting of a recipe: it runs the artifact on ONNX
+    Runtime's own operators. Raises ``ConfigError`` for what is no recipe or no setting.
     """
     recipe, _, settings = text.partition(":")
     changes: dict[str, Any] = {}
@@ -82,10 +83,11 @@ def parse_recipe(text: str) -> Subject:
         except json.JSONDecodeError:
             changes[name] = value
     shown = "".join(f", {name} {value}" for name, value in changes.items())
+    native = changes.pop("native", "auto")
     chosen = find_recipe(recipe, **changes)
     if chosen.weights is not None and "method" not in changes:
         chosen = find_recipe(chosen, method="rtn")
-    return Subject(f"ryzen_compile {recipe}{shown}", "ours", "torch", chosen.model_dump())
+    return Subject(f"ryzen_compile {recipe}{shown}", "ours", "torch", {"recipe": chosen.model_dump(), "native": native})
 
 
 def peers(flash: str) -> list[Subject]:

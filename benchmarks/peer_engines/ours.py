@@ -1,6 +1,6 @@
 """This project: ``api.export`` of the random model, ``api.load``, ``CompiledModel.generate``.
 
-The options are those of a ``Recipe``.
+The options are a ``Recipe``'s and whether native operators run it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def prepare(request: Request) -> dict[str, Any]:
     from ryzen_compile.config import Recipe
     from ryzen_compile.shapes import random_model
 
-    recipe = Recipe(**request.options)
+    recipe = Recipe(**request.options["recipe"])
     artifact = Path(request.path) / "artifact"
     # Unverified: the gate compares logits, and here they mean nothing.
     export(random_model(request.shape), artifact, recipe, verify=False)
@@ -35,10 +35,15 @@ class Ours:
         import ryzen_compile
         from ryzen_compile.validate.machine import read_versions
 
-        self.model = ryzen_compile.load(Path(request.path) / "artifact", threads=request.threads, digests=False)
+        self.model = ryzen_compile.load(
+            Path(request.path) / "artifact",
+            threads=request.threads,
+            digests=False,
+            native=request.options["native"],
+        )
         found = read_versions()
         self.versions = {name: found[name] or "" for name in ("ryzen-compile", "onnxruntime")}
-        self.note = "generate"
+        self.note = f"generate; native operators: {self.model.engine.claims.to_text()}"
 
     def run(self, prompt: list[int], new: int) -> tuple[float, float]:
         import numpy as np

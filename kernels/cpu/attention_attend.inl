@@ -368,7 +368,7 @@ INLINE void attend_lanes(const AttentionJob& job, int64_t row, int kv_head, int6
     attend_floats<V, VECTORS>(job, keys, values, queries, sight, int(begin), int(end), sequence.rows, scratch, part);
   }
 #if RYZEN_WIDE
-  if (job.integers) take_sums(job, values.scale, LANE_COUNT, scratch.sums, part);
+  if (job.integers) take_sums(job, queries, values.scale, LANE_COUNT, scratch.sums, part);
 #endif
 }
 

@@ -315,9 +315,14 @@ INLINE void attend_integers(const AttentionJob& job, const Stored& keys, const S
   }
 }
 
-// sums[place][lane] -> out[lane][channel], in the values' own units, and the sum of the weights likewise.
-INLINE void take_sums(const AttentionJob& job, const float* scale, int lanes, const float* sums, const Partial& part) {
-  for (int lane = 0; lane < lanes; ++lane) part.sum[lane] *= 1.0f / ONE;
+// sums[place][lane] -> out[lane][channel], in the values' own units, and the sum of the weights likewise. Integer
+// weights cannot be NaN: a query row that is has it in its scale, and hands it on here.
+INLINE void take_sums(const AttentionJob& job, const uint8_t* queries, const float* scale, int lanes, const float* sums,
+                      const Partial& part) {
+  const float* query_scales = (const float*)(queries + 2 * job.dim * lanes);
+  for (int lane = 0; lane < lanes; ++lane) {
+    part.sum[lane] *= query_scales[lane] == query_scales[lane] ? 1.0f / ONE : query_scales[lane];
+  }
   for (int place = 0; place < job.dim; ++place) {
     const int channel = job.value_order[place];
     const float unit = scale[channel] * (1.0f / ONE);

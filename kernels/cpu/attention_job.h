@@ -78,7 +78,7 @@ struct AttentionJob {
 };
 
 // The state of a block of query rows: for every lane the largest score, the sum of the weights relative to it, and the
-// weighted sum of values; `out` is (MOST_LANES, dim).
+// weighted sum of values; `out` is (lanes, dim).
 struct Partial {
   float *largest, *sum, *out;
 

@@ -30,7 +30,7 @@ INLINE F8 fma(F8 a, F8 b, F8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 INLINE F8 max(F8 a, F8 b) { return {_mm256_max_ps(a.v, b.v)}; }
 
 // 2^n times b for a whole n <= 0. AVX2 builds the power from its exponent's bits, so n is at least -127, which makes
-// zero.
+// zero; a NaN stays one, for max gives its second operand.
 #if RYZEN_WIDE
 INLINE F8 nearest(F8 a) { return {_mm256_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 INLINE F8 scaled(F8 b, F8 n) { return {_mm256_scalef_ps(b.v, n.v)}; }
@@ -43,7 +43,7 @@ INLINE F8 nearest(F8 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT
 INLINE F8 scaled(F8 b, F8 n) { return {_mm256_mul_ps(b.v, power_of_two(n.v))}; }
 template <typename V>
 INLINE V scalable(V t) {
-  return max(t, Lanes<V>::all(-127.0f));
+  return max(Lanes<V>::all(-127.0f), t);
 }
 #endif
 INLINE F32 scaled(F32 b, F32 n) { return times_power_of_two(b, n); }

@@ -104,25 +104,31 @@ INLINE int quad_byte(const AttentionJob& job, int c) {
 }
 
 // Lays out one query row in 15 bits, hi * 256 + lo, with the keys' scales multiplied in. Keys are read as unsigned
-// codes, raised by 128 (8 at four bits): what that adds to every score is the row's correction.
+// codes, raised by 128 (8 at four bits): what that adds to every score is the row's correction. A row with an infinity
+// or a NaN has codes of 0 and a scale of NaN.
 INLINE void lay_out_integers(const AttentionJob& job, const float* x, const float* k_scale, int lanes, int lane,
                              uint8_t* block) {
   const int dim = job.dim;
   float scaled_row[MOST_DIM];
-  F32 most = f32(0.0f);
+  I32 most = i32(0);
   for (int i = 0; i < dim; i += LANES) {
     const int count = dim - i < LANES ? dim - i : LANES;
     const F32 v = load(x + i, count) * load(k_scale + i, count) * f32(job.query_factor);
-    most = max(abs(v), most);
+    most = max(most, magnitude_bits(v));  // as integers, in which a NaN is above every number
     store(scaled_row + i, v, count);
   }
-  const float step = largest(most) / 32512.0f, inverse = step > 0.0f ? 1.0f / step : 0.0f;
+  const int32_t bits = largest(most);
+  float maximum;
+  __builtin_memcpy(&maximum, &bits, sizeof maximum);
+  // Zeros where it is small: the inverse of the step would leave float's range.
+  const float step = !(maximum <= __FLT_MAX__) ? __builtin_nanf("") : maximum < 0x1p-100f ? 0.0f : maximum / 32512.0f;
+  const float inverse = 1.0f / step;
   int8_t* parts = (int8_t*)block;
   const int high_lane = lanes == 8 ? lane : (lane & 16) * 2 + (lane & 15), low_lane = high_lane + (lanes == 8 ? 8 : 16);
   const int quad_bytes = 2 * lanes * QUAD;
   int32_t total = 0;
   for (int c = 0; c < dim; ++c) {
-    const int value = int(__builtin_rintf(scaled_row[c] * inverse));
+    const int value = step > 0.0f ? int(__builtin_rintf(scaled_row[c] * inverse)) : 0;
     const int low = int8_t(value), high = (value - low) >> 8, place = quad_byte(job, c);
     int8_t* quad = parts + (place / QUAD) * quad_bytes + place % QUAD;
     quad[high_lane * QUAD] = int8_t(high);

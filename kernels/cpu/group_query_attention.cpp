@@ -146,7 +146,7 @@ void GroupQueryAttention::Run::read_rotation() {
   const Tensor cos = context.input(7), sin = context.input(8);
   if (!op.rotate_) return;
   if (!cos || !sin) refuse("do_rotary is 1, but cos_cache or sin_cache is absent");
-  if (cos.shape.rank != 2 || cos.shape[1] < 1 || 2 * cos.shape[1] > job.dim)
+  if (cos.shape.rank != 2 || cos.shape[1] < 1 || cos.shape[1] > job.dim / 2)
     refuse("cos_cache has the shape ", cos.shape.text(), ", expected (positions, at most ", job.dim / 2, ")");
   expect(sin, cos.shape, "sin_cache");
   job.cos = cos.floats("cos_cache"), job.sin = sin.floats("sin_cache");
@@ -312,7 +312,8 @@ void GroupQueryAttention::Run::move_rows() {
   const int64_t step_count = job.scale_group ? job.dim / job.scale_group : 0;
   const int64_t step_bytes = step_count * int64_t{sizeof(float)};
   int64_t staged_bytes = 0;
-  bool moves = past_key.data != present_key || past_value.data != present_value;
+  bool moves = past_key.data != present_key || past_value.data != present_value ||
+               (step_count && (k_scale.data != present_k_steps || v_scale.data != present_v_steps));
   for (int64_t row = 0; row < job.batch; ++row) {
     const Eviction& eviction = evictions[size_t(row)];
     const Sequence& sequence = sequences[size_t(row)];
@@ -447,6 +448,7 @@ void GroupQueryAttention::Run::attend() {
 }
 
 // Where several tokens pushed out old ones: the newest rows, from where they were gathered into the present buffers.
+// Behind them are zeros in a buffer of present's own, as in `move_buffer`.
 void GroupQueryAttention::Run::keep_newest() {
   for (int64_t row = 0; row < job.batch; ++row) {
     const Eviction& eviction = evictions[size_t(row)];
@@ -454,17 +456,19 @@ void GroupQueryAttention::Run::keep_newest() {
     const Sequence& sequence = sequences[size_t(row)];
     const int64_t dropped = sequence.rows - eviction.kept, step_count = job.scale_group ? job.dim / job.scale_group : 0;
     for (int64_t head = 0; head < job.kv_heads; ++head) {
-      auto keep = [&](const void* staged, int64_t head_bytes, int64_t row_bytes, void* present) {
+      auto keep = [&](const Tensor& past, const void* staged, int64_t head_bytes, int64_t row_bytes, void* present) {
         const uint8_t* from = static_cast<const uint8_t*>(staged) + head * head_bytes + dropped * row_bytes;
         uint8_t* to = static_cast<uint8_t*>(present) + (row * job.kv_heads + head) * rows * row_bytes;
         std::memcpy(to, from, size_t(eviction.kept * row_bytes));
+        if (past.data == present) return;
+        std::memset(to + eviction.kept * row_bytes, 0, size_t((rows - eviction.kept) * row_bytes));
       };
-      keep(sequence.keys, sequence.head_bytes, job.row_bytes, present_key);
-      keep(sequence.values, sequence.head_bytes, job.row_bytes, present_value);
+      keep(past_key, sequence.keys, sequence.head_bytes, job.row_bytes, present_key);
+      keep(past_value, sequence.values, sequence.head_bytes, job.row_bytes, present_value);
       if (!step_count) continue;
       const int64_t unit = int64_t{sizeof(float)};
-      keep(sequence.key_steps, sequence.head_steps * unit, step_count * unit, present_k_steps);
-      keep(sequence.value_steps, sequence.head_steps * unit, step_count * unit, present_v_steps);
+      keep(k_scale, sequence.key_steps, sequence.head_steps * unit, step_count * unit, present_k_steps);
+      keep(v_scale, sequence.value_steps, sequence.head_steps * unit, step_count * unit, present_v_steps);
     }
   }
 }
@@ -489,6 +493,8 @@ GroupQueryAttention::GroupQueryAttention(const Info& info)
   if (rolling_ && !window_) refuse("sliding_window_cache is 1, but there is no local_window_size");
   if (!std::isfinite(scale_)) refuse("scale is ", scale_, ", expected a finite number");
   if (!std::isfinite(softcap_) || softcap_ < 0.0f) refuse("softcap is ", softcap_, ", expected a number from 0");
+  if (!(norm_epsilon_ >= 0.0f && norm_epsilon_ <= 1.0f))
+    refuse("qk_norm_epsilon is ", norm_epsilon_, ", expected a number from 0 to 1");
   if (info.integer("smooth_softmax", 0) > 0) refuse("smooth_softmax is not supported");
   if (info.integer("qk_output", 0) != 0) refuse("qk_output is not supported");
   if (info.integer("causal", 1) != 1) refuse("attention that is not causal is not supported");

@@ -1,4 +1,6 @@
 // The library's one entry point: registers every operator in the domain `ryzen`.
+#include <map>
+#include <mutex>
 #include <string>
 
 #include "codebook_embedding.h"
@@ -25,6 +27,13 @@ const OrtCustomOp* const OPERATORS[] = {
     ryzen::custom_op<ryzen::MatMulTernary>(),
 };
 
+OrtCustomOpDomain* make_domain(const OrtApi* api) {
+  OrtCustomOpDomain* domain = nullptr;
+  ryzen::check(api, ryzen::ort::CreateCustomOpDomain::call(api, DOMAIN, &domain));
+  for (const OrtCustomOp* op : OPERATORS) ryzen::check(api, ryzen::ort::CustomOpDomain_Add::call(api, domain, op));
+  return domain;
+}
+
 }  // namespace
 
 extern "C" {
@@ -39,15 +48,15 @@ RYZEN_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtA
                              std::to_string(ryzen::ort::API_VERSION) + " or newer, this is " + base->GetVersionString();
     return ryzen::ort::CreateStatus::call(base->GetApi(ryzen::ort::FIRST_VERSION), ORT_NOT_IMPLEMENTED, text.c_str());
   }
-  // Lives as long as the process: sessions refer to it, and nothing tells us when the last one is gone.
-  static OrtCustomOpDomain* domain = nullptr;
   return ryzen::guarded(api, "RegisterCustomOps", [&] {
-    static const bool made = [&] {
-      ryzen::check(api, ryzen::ort::CreateCustomOpDomain::call(api, DOMAIN, &domain));
-      for (const OrtCustomOp* op : OPERATORS) ryzen::check(api, ryzen::ort::CustomOpDomain_Add::call(api, domain, op));
-      return true;
-    }();
-    static_cast<void>(made);
+    // One for each runtime in the process (onnxruntime's Python module has its own, onnxruntime-genai loads another): a
+    // domain is an object of the runtime that made it. Neither they nor the table are ever released: sessions refer to
+    // them, and nothing tells us when the last one is gone.
+    static std::mutex guard;
+    static auto& domains = *new std::map<const OrtApi*, OrtCustomOpDomain*>;
+    const std::lock_guard<std::mutex> lock(guard);
+    OrtCustomOpDomain*& domain = domains[api];
+    if (domain == nullptr) domain = make_domain(api);
     ryzen::check(api, ryzen::ort::AddCustomOpDomain::call(api, options, domain));
   });
 }

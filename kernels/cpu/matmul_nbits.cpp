@@ -127,8 +127,8 @@ namespace scalar {
 float activate(float x, Activation activation) {
   switch (activation) {
     case Activation::NONE: return x;
-    case Activation::RELU: return std::fmax(x, 0.0f);
-    case Activation::RELU2: return std::fmax(x, 0.0f) * std::fmax(x, 0.0f);
+    case Activation::RELU: return x < 0.0f ? 0.0f : x;
+    case Activation::RELU2: return x < 0.0f ? 0.0f : x * x;
     case Activation::SILU: return x / (1.0f + std::exp(-x));
     case Activation::GELU: return x * 0.5f * (1.0f + std::erf(x * 0.70710678f));
     case Activation::GELU_TANH: return x * 0.5f * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));

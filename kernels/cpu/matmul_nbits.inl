@@ -74,8 +74,8 @@ INLINE void multiply(const PackedWeights& w, const RoundedRows& x, const int8_t*
 INLINE F32 activate(F32 x, Activation activation) {
   switch (activation) {
     case Activation::NONE: return x;
-    case Activation::RELU: return max(x, f32(0.0f));
-    case Activation::RELU2: return max(x, f32(0.0f)) * max(x, f32(0.0f));
+    case Activation::RELU: return max(f32(0.0f), x);  // in this order, a NaN stays one
+    case Activation::RELU2: return max(f32(0.0f), x) * max(f32(0.0f), x);
     case Activation::SILU: return x * sigmoid(x);
     case Activation::GELU: return x * f32(0.5f) * (f32(1.0f) + erf(x * f32(0.70710678118654752f)));
     case Activation::GELU_TANH: {

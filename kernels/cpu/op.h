@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <exception>
 #include <initializer_list>
@@ -127,11 +128,13 @@ class Info {
 
   int64_t integer(const char* name, int64_t fallback) const {
     int64_t value = fallback;
-    return found(ort::KernelInfoGetAttribute_int64::call(api_, info_, name, &value)) ? value : fallback;
+    if (has_integer(name, &value)) return value;
+    expect_absent(name, "an integer");
+    return fallback;
   }
   int64_t integer(const char* name) const {
     int64_t value = 0;
-    if (!found(ort::KernelInfoGetAttribute_int64::call(api_, info_, name, &value))) refuse("it has no attribute ", name);
+    if (!has_integer(name, &value)) refuse("it has no integer attribute ", name);
     return value;
   }
   // An integer attribute between two bounds, both allowed.
@@ -143,11 +146,16 @@ class Info {
   }
   float number(const char* name, float fallback) const {
     float value = fallback;
-    return found(ort::KernelInfoGetAttribute_float::call(api_, info_, name, &value)) ? value : fallback;
+    if (has_number(name, &value)) return value;
+    expect_absent(name, "a float");
+    return fallback;
   }
   std::string text(const char* name, const char* fallback) const {
     size_t size = 0;
-    if (!found(ort::KernelInfoGetAttribute_string::call(api_, info_, name, nullptr, &size))) return fallback;
+    if (!has_text(name, &size)) {
+      expect_absent(name, "a string");
+      return fallback;
+    }
     std::string value(size, '\0');
     check(api_, ort::KernelInfoGetAttribute_string::call(api_, info_, name, value.data(), &size));
     value.resize(size > 0 ? size - 1 : 0);  // the size counts the final zero
@@ -176,6 +184,24 @@ class Info {
   const OrtApi* api() const { return api_; }
 
  private:
+  bool has_integer(const char* name, int64_t* value) const {
+    return found(ort::KernelInfoGetAttribute_int64::call(api_, info_, name, value));
+  }
+  bool has_number(const char* name, float* value) const {
+    return found(ort::KernelInfoGetAttribute_float::call(api_, info_, name, value));
+  }
+  bool has_text(const char* name, size_t* size) const {
+    return found(ort::KernelInfoGetAttribute_string::call(api_, info_, name, nullptr, size));
+  }
+  // ONNX Runtime answers alike for what is missing and for what has another type. The latter must not count as missing:
+  // the operator would compute something else than the graph says.
+  void expect_absent(const char* name, const char* wanted) const {
+    int64_t integer = 0;
+    float number = 0.0f;
+    size_t size = 0;
+    if (has_integer(name, &integer) || has_number(name, &number) || has_text(name, &size))
+      refuse(name, " is of another type, expected ", wanted);
+  }
   bool found(OrtStatus* status) const {
     if (status == nullptr) return true;
     ort::ReleaseStatus::call(api_, status);
@@ -213,17 +239,34 @@ class Context {
     return static_cast<T*>(data);
   }
   // body(task) for every task in [0, count), on the session's own threads; returns when all are done. Tasks must not
-  // throw and must not depend on which thread runs them.
+  // depend on which thread runs them. What one throws, for want of scratch, is thrown here again: the runtime's threads
+  // know no exceptions.
   template <typename Body>
   void parallel(size_t count, const Body& body) const {
     if (count == 1) return body(size_t{0});
     if (count == 0) return;
-    auto run = [](void* data, size_t task) { (*static_cast<const Body*>(data))(task); };
-    check(api_, ort::KernelContext_ParallelFor::call(api_, context_, run, count, count,
-                                                     const_cast<void*>(static_cast<const void*>(&body))));
+    Tasks<Body> tasks{body};
+    check(api_, ort::KernelContext_ParallelFor::call(api_, context_, Tasks<Body>::run, count, count, &tasks));
+    if (tasks.failed.load()) std::rethrow_exception(tasks.failure);
   }
 
  private:
+  template <typename Body>
+  struct Tasks {
+    const Body& body;
+    std::exception_ptr failure = nullptr;  // of the first task that failed
+    std::atomic<bool> failed{false};
+
+    static void run(void* data, size_t task) noexcept {
+      auto& tasks = *static_cast<Tasks*>(data);
+      try {
+        tasks.body(task);
+      } catch (...) {
+        if (!tasks.failed.exchange(true)) tasks.failure = std::current_exception();
+      }
+    }
+  };
+
   const OrtApi* api_;
   OrtKernelContext* context_;
 };

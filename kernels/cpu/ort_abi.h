@@ -31,10 +31,8 @@ struct OrtApiBase {
 };
 
 enum OrtErrorCode : int {
-  ORT_OK = 0,
   ORT_FAIL = 1,
   ORT_INVALID_ARGUMENT = 2,
-  ORT_RUNTIME_EXCEPTION = 6,
   ORT_NOT_IMPLEMENTED = 9,
 };
 

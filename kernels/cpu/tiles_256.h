@@ -67,12 +67,6 @@ INLINE float sum(F32 a) {
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
-INLINE float largest(F32 a) {
-  const __m256 eight = _mm256_max_ps(a.lo, a.hi);
-  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
-}
 INLINE __m256 power_of_two(__m256 n) {  // for whole n from -126 to 127: the exponent's bits
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
@@ -137,10 +131,6 @@ INLINE F32 pick(F32 table, I32 index) { return {pick8(table, index.lo), pick8(ta
 INLINE Quads load_quads(const void* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
 }
-INLINE void store_quads(void* p, Quads a) {
-  _mm256_storeu_si256((__m256i*)p, a.lo);
-  _mm256_storeu_si256((__m256i*)p + 1, a.hi);
-}
 INLINE Quads every_byte(int8_t x) { return {_mm256_set1_epi8(x), _mm256_set1_epi8(x)}; }
 INLINE Quads low_nibbles(Quads a) {
   const __m256i mask = _mm256_set1_epi8(0x0f);
@@ -195,7 +185,5 @@ INLINE int32_t four_at(const int8_t* p) {
 INLINE I32 dot(I32 acc, Quads a, const int8_t* b) { return dot(acc, a, four_at(b)); }
 INLINE I32 dot_small(I32 acc, Quads a, const int8_t* b) { return dot_small(acc, a, four_at(b)); }
 INLINE I32 dot(I32 acc, Quads a, Quads b) { return {dot8(acc.lo, a.lo, b.lo), dot8(acc.hi, a.hi, b.hi)}; }
-
-INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 #include "tiles_math.h"

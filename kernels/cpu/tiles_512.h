@@ -40,7 +40,6 @@ INLINE F32 with_sign_of(F32 a, F32 sign) {
 INLINE F32 first_lanes(F32 a, int count) { return {_mm512_maskz_mov_ps(first(count), a.v)}; }
 INLINE F32 nearest(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 INLINE float sum(F32 a) { return _mm512_reduce_add_ps(a.v); }
-INLINE float largest(F32 a) { return _mm512_reduce_max_ps(a.v); }
 INLINE F32 times_power_of_two(F32 a, F32 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
 // --- integers
@@ -74,7 +73,6 @@ template <int PLACE>
 INLINE Quads crumbs(Quads a) {
   return {_mm512_and_si512(_mm512_srli_epi16(a.v, 2 * PLACE), _mm512_set1_epi8(0x03))};
 }
-INLINE void store_quads(void* p, Quads a) { _mm512_storeu_si512(p, a.v); }
 
 // For each lane four of the sixteen bytes at p: those whose numbers are the lane's bytes in `places`.
 INLINE I32 pick_bytes(const void* p, I32 places) {
@@ -94,7 +92,5 @@ INLINE I32 dot_small(I32 acc, Quads a, int32_t b) { return dot(acc, a, b); }
 INLINE I32 dot_small(I32 acc, Quads a, const int8_t* b) { return dot(acc, a, b); }
 // acc + the sum of each lane's four products of a's bytes (unsigned) with b's (signed).
 INLINE I32 dot(I32 acc, Quads a, Quads b) { return {_mm512_dpbusd_epi32(acc.v, a.v, b.v)}; }
-
-INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 #include "tiles_math.h"

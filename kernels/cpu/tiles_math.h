@@ -1,9 +1,10 @@
 // Functions of tiles, in the vocabulary alone. Included by tiles_256.h and tiles_512.h.
 
-// e to the x, within 2 units in the last place for x from -87.3 to 87.9; what lies outside is taken for the nearer end.
+// e to the x, within 2 units in the last place for x from -87.3 to 87.9; what lies outside is taken for the nearer end,
+// and a NaN stays one: min and max give their second operand where either is a NaN.
 // Cody-Waite reduction by ln 2 in two parts, then the polynomial that is minimax on half an octave each way.
 INLINE F32 exp(F32 x) {
-  x = max(min(x, f32(87.9f)), f32(-87.3365478515625f));
+  x = max(f32(-87.3365478515625f), min(f32(87.9f), x));
   const F32 n = nearest(x * f32(1.44269504088896341f));
   F32 r = fma(n, f32(-0.693359375f), x);
   r = fma(n, f32(2.12194440e-4f), r);

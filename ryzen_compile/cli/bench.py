@@ -12,6 +12,7 @@ import typer
 
 from ryzen_compile.cli import output
 from ryzen_compile.cli.defaults import DEFAULT_RECIPE
+from ryzen_compile.cli.failure import printable
 
 if TYPE_CHECKING:
     from ryzen_compile.runtime.engine import Engine
@@ -83,7 +84,7 @@ def _open(
 
     Without a number of threads ``asked`` for, an artifact runs as ``tune`` found best, and others on ``threads``.
     """
-    from ryzen_compile.api import Native, export, load
+    from ryzen_compile.api import export, load
     from ryzen_compile.backends.onnxruntime.session import OrtEngine
     from ryzen_compile.config import find_recipe
     from ryzen_compile.errors import UsageError
@@ -110,7 +111,7 @@ def _open(
                 chosen = find_recipe(chosen, method="rtn") if shape and chosen.weights else chosen
                 export(model if shape else target or "", artifact, chosen, verify=False)
             started, before = time.perf_counter(), resident_set().total
-            choice: Native = "auto" if native is None else native
+            choice = output.native_choice(native)
             compiled = stack.enter_context(load(artifact, threads=asked, native=choice, digests=False))
             seconds, grown = time.perf_counter() - started, resident_set().total - before
             engines.append(compiled.engine)
@@ -121,7 +122,8 @@ def _open(
                 err=True,
             )
             if isinstance(compiled.engine, OrtEngine):
-                typer.echo(f"native operators: {compiled.engine.claims.to_text()}", err=True)
+                lines = map(printable, compiled.engine.claims.to_text().splitlines())
+                typer.echo("native operators: " + "\n".join(lines), err=True)
         else:
             engines.append(_torch_engine(name, model, threads))
             sizes[engines[-1].name] = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -46,7 +46,7 @@ def eval(  # noqa: A001 - the command's name is the function's
     as_json: output.JsonFlag = False,
 ) -> None:
     """Measure perplexity on a text and, beside a REFERENCE, mean KL divergence and top-1 agreement."""
-    from ryzen_compile.api import Native, load
+    from ryzen_compile.api import load
     from ryzen_compile.validate.machine import read_machine
     from ryzen_compile.validate.quality import EngineScorer, fitting_batch, perplexity, score
 
@@ -54,8 +54,7 @@ def eval(  # noqa: A001 - the command's name is the function's
     machine = read_machine()
     used = threads or machine.usable_cores
     with ExitStack() as stack:
-        choice: Native = "auto" if native is None else native
-        model = stack.enter_context(load(artifact, threads=threads, native=choice))
+        model = stack.enter_context(load(artifact, threads=threads, native=output.native_choice(native)))
         windows, facts = _windows(model, artifact, text, length, tokens)
         other = None if reference is None else _reference(stack, reference, used)
         fitting = fitting_batch(batch, length, model.spec.vocab, read_machine().usable_memory // 4)

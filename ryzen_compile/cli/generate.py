@@ -38,7 +38,7 @@ def generate(
     """Continue PROMPT with the model in ARTIFACT; tokens appear as they are made."""
     import numpy as np
 
-    from ryzen_compile.api import Native, load
+    from ryzen_compile.api import load
     from ryzen_compile.errors import ArtifactError, UsageError
     from ryzen_compile.runtime.generate import GenerationStats
 
@@ -57,7 +57,7 @@ def generate(
     }
     if temperature:
         sampling |= {"do_sample": True, "temperature": temperature}
-    choice: Native = "auto" if native is None else native
+    choice = output.native_choice(native)
     with load(artifact, threads=threads, native=choice, digests=not no_digests) as model:
         tokenizer: Any = model.tokenizer
         if tokenizer is None:

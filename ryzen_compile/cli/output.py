@@ -6,16 +6,24 @@ Colour appears on a terminal only, and never with ``NO_COLOR`` (rich looks at bo
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from ryzen_compile.api import Native
 
 NativeFlag = Annotated[
     bool | None,
     typer.Option("--native/--no-native", help="Insist on our own operators, or do without; default: where they are."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+
+
+def native_choice(flag: bool | None) -> Native:
+    """``load``'s word for what ``NativeFlag`` says."""
+    return "auto" if flag is None else flag
 
 
 def stdout() -> Console:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -177,6 +179,15 @@ def test_the_report_is_told_in_lines_and_as_json() -> None:
     assert nothing.to_text() == "none" and nothing.whole == frozenset() and nothing.rows_alike
 
 
+def test_products_inside_functions_count_as_stock_ones() -> None:
+    b = Builder()
+    b.gated(
+        b.product("x", "gate_up", WIDTH, 2 * INNER), "y", act=[helper.make_node("MatMul", ["first", "first"], ["a"])]
+    )
+    model, report = claim(b.model("y"))
+    assert nodes(model) == ["ryzen::MatMulNBits", "ryzen::GatedAct"] and not report.rows_alike
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_each_kind_can_be_left_alone(kind: str) -> None:
     model, report = claim(layer().model("y"), kinds=KINDS - {kind})
@@ -260,6 +271,13 @@ def renamed(name: str) -> Callable[[NodeProto, Builder], None]:
     return change
 
 
+def of_rank(rank: int) -> Callable[[NodeProto, Builder], None]:
+    def change(node: NodeProto, b: Builder) -> None:
+        b.inputs["x"] = (TensorProto.FLOAT, (*["batch"] * (rank - 1), WIDTH))
+
+    return change
+
+
 def without_shapes(node: NodeProto, b: Builder) -> None:
     b.infos.clear()
 
@@ -303,6 +321,8 @@ UNDEFINED = onnx.AttributeProto(name="epsilon")
         (0, reading(1, np.ones((1, WIDTH), np.float32)), "its weight and biases are not vectors of float32"),
         (0, reading(1, np.ones(WIDTH, np.float16)), "its weight and biases are not vectors of float32"),
         (0, reading(1, "x"), "its weight and biases are not vectors of float32"),
+        (0, reading(1, np.ones(1, np.float32)), "it is over 1 channels of type 1"),  # may stand for all of them
+        (0, of_rank(5), "it is over 5 dimensions"),
         (0, reading(2, "x"), "an input that is not known"),
         (0, writing(1, "deviation"), "its mean or deviation is an output"),
         (4, writing(1, "mean"), "its mean or deviation is an output"),
@@ -398,6 +418,21 @@ def test_halves_of_another_axis_are_not_gates(axis: int | None) -> None:
     assert gated_activation(function) == "silu"
     changed(axis=axis)(function.node[0], b)
     assert gated_activation(function) is None
+
+
+def test_parts_of_told_sizes_are_not_gates() -> None:
+    b = Builder()
+    b.gated("x", "y")
+    changed(num_outputs=None, split=[1, 2 * INNER - 1])(b.functions[0].node[0], b)
+    assert gated_activation(b.functions[0]) is None
+
+
+def test_a_function_in_the_domain_of_standard_operators_is_not_believed() -> None:
+    """ONNX Runtime calls its own operator of that name, whatever the model defines."""
+    b = Builder()
+    b.gated(b.product("x", "gate_up", WIDTH, 2 * INNER), "y", "QuickGelu")
+    b.functions[0].domain = b.nodes[-1].domain = CONTRIB
+    assert claim(b.model("y"))[1].fused == {"activation": 1}
 
 
 def test_an_odd_product_is_not_split_into_halves() -> None:
@@ -508,7 +543,9 @@ def test_a_name_that_is_taken_is_not_taken_twice() -> None:
     b = Builder()
     b.norm("x", "n")
     b.product("n", "n/codes", WIDTH, 48)
-    assert list(claim(b.model("n/codes"))[0].graph.node[0].output) == ["", "", "n/codes_", "n/steps"]
+    b.constant("n/steps", np.ones(3, np.float32))  # read by nobody
+    b.inputs["n/steps_"] = (TensorProto.FLOAT, (3,))
+    assert list(claim(b.model("n/codes"))[0].graph.node[0].output) == ["", "", "n/codes_", "n/steps__"]
 
 
 def other_block(b: Builder) -> str:
@@ -573,8 +610,13 @@ def test_a_claimed_layer_computes_what_the_stock_one_does(library: Any, rows: in
         assert np.mean((ours - theirs) ** 2) < 1e-5 * np.mean(theirs**2)
 
 
-def test_every_operator_of_the_library_is_known_by_name(library: Any) -> None:
-    """A model that defines one of them itself is refused, so the list has to be whole."""
+def test_every_operator_that_is_known_is_in_the_library(library: Any) -> None:
     content = library.read_bytes()
     assert all(name.encode() + b"\0" in content for name in OPERATORS)
     assert native.library() == library
+
+
+def test_every_operator_that_is_registered_is_known_by_name(repository: Path) -> None:
+    """A model that defines one of them itself is refused, so the list has to be whole."""
+    source = (repository / "kernels" / "cpu" / "library.cpp").read_text(encoding="utf-8")
+    assert {name.removesuffix("Of") for name in re.findall(r"custom_op<ryzen::(\w+)", source)} == OPERATORS

@@ -96,13 +96,13 @@ def test_alone_there_is_a_perplexity_only(run: Any, artifact: Path, tmp_path: Pa
 
 
 def test_one_window_has_no_standard_error(run: Any, artifact: Path) -> None:
-    arguments = (artifact, "--reference", artifact, "--tokens", 20, "--length", 20, "-t", 1)
+    arguments = (artifact, "--reference", artifact, "--tokens", 20, "--length", 20, "-t", 1, "--no-native")
     assert json.loads(run(*arguments, "--json")[1])["ratio"] == {"value": 1.0, "error": None}
     assert "ratio        1.00000 ± unknown\n" in run(*arguments)[1]
 
 
 def test_limits_are_held_to(run: Any, artifact: Path) -> None:
-    measure = (artifact, "--reference", artifact, "--tokens", 160, "--length", 20, "-t", 1)
+    measure = (artifact, "--reference", artifact, "--tokens", 160, "--length", 20, "-t", 1, "--no-native")
     status, out, err = run(*measure, "--fail-above-ratio", 1, "--fail-below-top1", 1)
     assert (status, err) == (0, "") and "ratio " in out
     status, out, err = run(*measure, "--fail-above-ratio", 0.999)

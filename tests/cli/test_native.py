@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ryzen_compile import cli
 from ryzen_compile.backends.onnxruntime import LIBRARY_NAME, NATIVE_NAME, native
-from ryzen_compile.backends.onnxruntime.claim_report import KINDS
+from ryzen_compile.backends.onnxruntime.claim_report import KINDS, ClaimReport
 from ryzen_compile.backends.onnxruntime.tuning import Tuning
 from ryzen_compile.cli.eval import _reference
 from ryzen_compile.manifest import read_manifest, tuned
@@ -75,6 +77,19 @@ def test_with_a_library_both_ways_work(run: Run, artifact: Path, library: None, 
     for flag, line in (("--native", "2 GroupQueryAttention"), ("--no-native", "none: they are switched off")):
         status, _, err = run(*arguments, flag)
         assert status == 0 and (command != "bench" or f"native operators: {line}" in err)
+
+
+def test_names_in_a_model_are_shown_as_text(
+    monkeypatch: pytest.MonkeyPatch, run: Run, artifact: Path, library: None
+) -> None:
+    def renamed(*arguments: Any) -> tuple[Any, ClaimReport]:
+        session, report = original(*arguments)
+        return session, replace(report, left=(("a\x1b[2J", "odd\x1b]0;"),))
+
+    original = native.open_claimed
+    monkeypatch.setattr(native, "open_claimed", renamed)
+    err = run(*(artifact if word == "ARTIFACT" else word for word in COMMANDS["bench"]))[2]
+    assert "1 left (a" in err and "\x1b" not in err
 
 
 def test_a_native_export(run: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, library: None) -> None:

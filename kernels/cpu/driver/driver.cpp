@@ -9,6 +9,7 @@
 int main() {
   driver::check_refusal_of_an_old_runtime();
   driver::register_operators();
+  driver::check_a_failing_task();
   const struct {
     const char* op;
     void (*check)();

@@ -177,6 +177,19 @@ bool attention(const Case& c, const Node& node, const std::vector<Value>& out, s
   return true;
 }
 
+// In a buffer of present's own, rows behind the last are zeros and not what the memory held before.
+void expect_zeros_behind(const Case& c, const Value& present, const std::string& name) {
+  const int64_t rows = present->dims[2];
+  const size_t bytes = present->block->size() / size_t(c.batch() * c.kv_heads * rows);
+  for (int64_t head = 0; head < c.batch() * c.kv_heads; ++head) {
+    const int64_t kept = c.resident(c.past[size_t(head / c.kv_heads)] + c.tokens);
+    const uint8_t *begin = present->block->data() + size_t(head * rows + kept) * bytes,
+                  *end = present->block->data() + size_t((head + 1) * rows) * bytes;
+    if (std::any_of(begin, end, [](uint8_t byte) { return byte != 0; }))
+      fail(name + ": rows behind the last are not zeros");
+  }
+}
+
 void check_case(const Case& c, Random& random) {
   const Node node = node_of(c, random);
   const std::string what = "heads=" + std::to_string(c.heads) + "/" + std::to_string(c.kv_heads) +
@@ -184,6 +197,7 @@ void check_case(const Case& c, Random& random) {
                            " rows=" + std::to_string(c.rows) + " form=" + std::to_string(int(c.form)) +
                            " kv_group=" + std::to_string(c.kv_group) + " window=" + std::to_string(c.window);
   run_everywhere(node, what, Across::MAY_DIFFER, [&](const std::vector<Value>& out, const std::string& name) {
+    for (size_t i = PRESENT_KEY; i < out.size(); ++i) expect_zeros_behind(c, out[i], name);
     std::vector<double> wanted;
     if (!attention(c, node, out, wanted)) return;
     double error = 0.0, size = 0.0;

@@ -6,8 +6,11 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <set>
 #include <thread>
+
+#include "../op.h"
 
 struct OrtStatus {
   OrtErrorCode code;
@@ -452,11 +455,35 @@ void register_operators() {
     if (!error.empty()) fail("the library did not register: " + error);
     if (each->domains.size() != 1 || each->domains[0]->name != "ryzen") fail("the domain is not ryzen alone");
   }
+  if (options.domains != second.domains) fail("one runtime was given two domains");
+  static const void* others[ENTRIES];  // those of another runtime in the process
+  std::copy_n(entries, ENTRIES, others);
+  static const OrtApiBase other = {[](uint32_t) { return reinterpret_cast<const OrtApi*>(others); },
+                                   base.GetVersionString};
+  OrtSessionOptions third;
+  const std::string error = message_of(RegisterCustomOps(&third, &other));
+  if (!error.empty()) fail("the library did not register with a second runtime: " + error);
+  if (options.domains == third.domains) fail("a runtime was given another one's domain");
   std::set<std::string> signatures;
   for (const OrtCustomOp* op : options.domains[0]->ops) {
     std::string signature = op->GetName(op);
     for (size_t i = 0; i < op->GetInputTypeCount(op); ++i) signature += " " + std::to_string(op->GetInputType(op, i));
     if (!signatures.insert(signature).second) fail("twice in the library: " + signature);
+  }
+}
+
+void check_a_failing_task() {
+  OrtKernelContext context{nullptr, nullptr, 3, Placement::HEAP, {}};
+  const ryzen::Context run(api(), &context);
+  std::atomic<int> done{0};
+  try {
+    run.parallel(50, [&](size_t task) {
+      if (task % 10 == 3) throw std::bad_alloc();
+      ++done;
+    });
+    fail("tasks failed, and nobody was told");
+  } catch (const std::bad_alloc&) {
+    if (done != 45) fail("a failing task kept others from being done");
   }
 }
 

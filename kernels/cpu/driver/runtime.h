@@ -144,4 +144,7 @@ class Random {
 void register_operators();
 void check_refusal_of_an_old_runtime();
 
+// A task that throws: its exception must come out on the thread that asked for the tasks.
+void check_a_failing_task();
+
 }  // namespace driver

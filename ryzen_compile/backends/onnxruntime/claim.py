@@ -32,11 +32,15 @@ KIND_OF: dict[tuple[str, str], str] = {
     (CONTRIB, "SkipSimplifiedLayerNormalization"): "norm",
     (CONTRIB, "SkipLayerNormalization"): "norm",
 }
-PRODUCTS = frozenset(("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MatMulIntegerToFloat", "MatMulInteger"))
+# Operators of ONNX Runtime that compute a row in another way when it is alone.
+STOCK_ROWS = frozenset(
+    ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MatMulIntegerToFloat", "MatMulInteger", "GroupQueryAttention")
+)
 STEPS = 7  # our MatMulNBits' input of that name
 RESIDUAL = 6
 BLOCKS = (32, 64, 128, 256)
 MOST_CHANNELS = 1 << 20  # of a norm
+MOST_DIMENSIONS = 4  # of what it reads
 _MATMUL_ATTRIBUTES = frozenset(("K", "N", "bits", "block_size", "accuracy_level"))
 _ATTENTION_ATTRIBUTES = frozenset(
     (
@@ -83,7 +87,10 @@ class _Claim:
         self.left: dict[int, str] = {}
         self.fused: dict[str, int] = {}
         self.products: dict[int, NodeProto] = {}  # our MatMulNBits by the place of the node that each stands for
-        self.gates = {(f.domain, f.name, f.overload): gated_activation(f) for f in model.functions}
+        # A standard operator's name calls that operator, whatever function the model defines under it.
+        self.gates = {
+            (f.domain, f.name, f.overload): gated_activation(f) for f in model.functions if f.domain == NATIVE
+        }
 
     # --- one rule a kind: replaces the node at ``index``, or says why not
 
@@ -198,8 +205,11 @@ class _Claim:
         for name in (weight, *filter(None, rest)):
             if not self.index.is_constant(name, TensorProto.FLOAT, channels) or self.index.shape(name) != (channels,):
                 return "its weight and biases are not vectors of float32"
-        if self.index.element(x) not in (0, TensorProto.FLOAT) or not 1 <= channels <= MOST_CHANNELS:
+        # A lone weight may stand for all channels, which ours does not take.
+        if self.index.element(x) not in (0, TensorProto.FLOAT) or not 2 <= channels <= MOST_CHANNELS:
             return f"it is over {channels} channels of type {self.index.element(x)}"
+        if shape is not None and len(shape) > MOST_DIMENSIONS:
+            return f"it is over {len(shape)} dimensions"
         if skip and (shape is None or shape != self.index.shape(skip)):
             return "what is added may be of another shape"
         outputs = _padded(node.output, 4)
@@ -263,7 +273,8 @@ class _Claim:
         left = tuple((self.nodes[i].name or f"node {i}", why) for i, why in sorted(self.left.items()))
         kinds = {KIND_OF.get(operator_of(node)) for node in self.nodes} - {None}
         missed = {KIND_OF[operator_of(self.nodes[i])] for i in self.left}
-        alike = not any(node.domain != NATIVE and node.op_type in {*PRODUCTS, "GroupQueryAttention"} for node in kept)
+        inside = (node for function in self.model.functions for node in function.node)
+        alike = not any(node.domain != NATIVE and node.op_type in STOCK_ROWS for node in (*kept, *inside))
         return ClaimReport(claimed, left, self.fused, frozenset(k for k in kinds if k) - missed, alike)
 
 

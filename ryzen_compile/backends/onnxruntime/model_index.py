@@ -23,12 +23,13 @@ class ModelIndex:
         self.outside = {value.name for value in model.graph.output}  # read where we do not see it
         self.readers: dict[str, list[int]] = {}  # a node that reads a value twice is there twice
         for index, node in enumerate(self.nodes):
-            for name in node.input:
+            for name in filter(None, node.input):
                 self.readers.setdefault(name, []).append(index)
             for attribute in node.attribute:
                 for graph in _graphs(attribute):
                     self.outside |= _mentioned(graph)
-        self.taken = {name for node in self.nodes for name in (*node.input, *node.output)} | self.outside
+        self.taken = {name for node in self.nodes for name in (*node.input, *node.output)} | self.outside | given
+        self.taken |= {tensor.name for tensor in model.graph.initializer}
 
     def shape(self, name: str) -> tuple[int | str, ...] | None:
         """The dimensions of a value, numbers or symbols; None when any of them is not told."""

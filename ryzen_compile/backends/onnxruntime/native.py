@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from onnx import ModelProto
 from ryzen_compile.backends.onnxruntime.artifact_check import check_model
 from ryzen_compile.backends.onnxruntime.claim import claim
 from ryzen_compile.backends.onnxruntime.claim_report import ClaimReport
+from ryzen_compile.backends.onnxruntime.resident import release
 from ryzen_compile.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -46,12 +48,16 @@ def missing() -> tuple[str, str]:
 
 
 def unusable(isa: str = "auto") -> str:
-    """Why sessions run on ONNX Runtime's operators alone when nobody asks for others; empty when they need not."""
+    """Why sessions run on ONNX Runtime's operators alone when nobody asks for others; empty when they need not.
+
+    Warns of a library that is there and broken: unlike a missing one, that is nobody's choice.
+    """
     if library() is None:
         return missing()[0]
     try:
         best = best_isa()
     except UnsupportedError as error:
+        warnings.warn(f"stock operators are used instead of native ones: {error.message}", stacklevel=2)
         return error.message
     if isa == "auto" and best == SLOWEST:
         return "this processor has none of the instruction sets that they are written for (AVX2 at least)"
@@ -84,6 +90,15 @@ def open_claimed(
     # Without enable_fallback=0 a failure is printed and tried once more, on the same provider.
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
+    )
+    # Products have packed what they need of these; what others read comes back from the page cache.
+    release(
+        {
+            path.parent / entry.value
+            for tensor in model.graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
     )
     return session, report
 

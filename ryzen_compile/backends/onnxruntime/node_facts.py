@@ -43,7 +43,8 @@ def gated_activation(function: FunctionProto) -> str | None:
     for node in function.node:
         operator, facts, act = operator_of(node), attributes_of(node), activation_of(node)
         parts = [known.get(name) for name in node.input]
-        if operator == ("", "Split") and parts == [whole] and len(node.output) == 2 and facts.get("axis", 0) == -1:
+        halves = len(node.output) == 2 and "split" not in facts  # before opset 13, sizes are an attribute
+        if operator == ("", "Split") and parts == [whole] and halves and facts.get("axis", 0) == -1:
             known |= {node.output[0]: gate, node.output[1]: up}
             acted[node.output[0]] = "none"
         elif act is not None and parts == [gate]:

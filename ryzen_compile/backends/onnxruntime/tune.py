@@ -175,10 +175,14 @@ class _Subject:
 def _choose_native(
     bench: _Bench, options: SessionOptions, until: float, progress: Progress | None
 ) -> NativeTuning | None:
-    """Which kinds of native operators to use with ``options``; None where there are none, or nothing for them to do."""
+    """Which kinds of native operators to use with ``options``; None where there are none, nothing for them to do, or
+    they fail and sessions fall back to stock ones: what would be timed is then not what it is called."""
     have = claimed(bench.found.model).kinds
     if not have:
         return None
+    with bench.opened(replace(options, native=have)) as subject:
+        if subject.engine.claims.kinds != have:
+            return None
     sets = list(dict.fromkeys([have, *(have - {kind} for kind in sorted(have)), frozenset[str]()]))
     ways = {str(NativeCandidate(kinds, ())): replace(options, native=kinds) for kinds in sets}
     visits = _compare(bench, ways, until, progress)

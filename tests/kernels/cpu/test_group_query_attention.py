@@ -454,6 +454,46 @@ def test_scales_of_every_token(open_session: Open, isa: str, form: str, group: i
             assert (off <= steps * 0.501).all()
 
 
+def test_scales_beside_codes_that_stay_in_place(open_session: Open, isa: str) -> None:
+    """Keys and values in past's buffers, their scales in new ones: the old tokens' scales are there as well."""
+    case = Case(dim=64, past=(150,), rows=180, form="int8", kv_group=32)
+    session, feeds = open_session(build(case, isa=isa)), feeds_of(case)
+    wanted = run(session, feeds)
+    held = {name: array.copy() for name, array in feeds.items()}
+    binding = session.io_binding()
+    for name, array in held.items():
+        binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    for name, array in wanted.items():
+        held[name] = held[name.replace("present", "past")] if name in ("present_key", "present_value") else array.copy()
+        if name not in ("present_key", "present_value"):
+            held[name].fill(7)
+        binding.bind_output(name, "cpu", 0, array.dtype, array.shape, held[name].ctypes.data)
+    session.run_with_iobinding(binding)
+    for name in ("output", "present_k_scale", "present_v_scale"):
+        np.testing.assert_array_equal(held[name], wanted[name])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("name", ["query", "past_key"])
+def test_numbers_that_are_none(open_session: Open, isa: str, name: str, softcap: float, form: str) -> None:
+    """A NaN in a query head reaches that head alone, one in a key every head that reads it."""
+    if name == "past_key" and form in ("int8", "int4"):
+        pytest.skip("codes are always numbers")
+    case = Case(dim=64, past=(20,), rows=40, form=form, softcap=softcap)
+    feeds = feeds_of(case)
+    feeds[name][(0, 0, 64 + 5) if name == "query" else (0, 1, 3, 5)] = np.nan
+    output = run(open_session(build(case, isa=isa)), feeds)["output"].reshape(8, 64)
+    hit = np.arange(8) == 1 if name == "query" else np.arange(8) >= 4
+    assert np.isnan(output[hit]).all() and np.isfinite(output[~hit]).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-33])
+def test_queries_next_to_zero(open_session: Open, isa: str, form: str, size: float) -> None:
+    check(open_session, Case(dim=64, past=(20,), rows=40, form=form, spread=size), isa)
+
+
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_a_rolling_buffer_with_scales_of_every_token(open_session: Open, isa: str, form: str) -> None:
     for past, tokens in (((23,), 1), ((40,), 7)):
@@ -474,6 +514,8 @@ GRAPH_REFUSALS = [
     ({"k_quant_type": "ODD", "v_quant_type": "ODD"}, "k_quant_type is ODD"),
     ({"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}, "kv_cache_bit_width is 0"),
     ({"kv_group": 8}, "kv_group is 8, but"),
+    ({"qk_norm_epsilon": -1.0}, "qk_norm_epsilon is -1"),
+    ({"softcap": 5}, "softcap is of another type, expected a float"),
     ({"isa": "mmx"}, "isa is 'mmx'"),
 ]
 

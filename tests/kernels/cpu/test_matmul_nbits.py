@@ -252,6 +252,15 @@ def test_zeros_and_numbers_that_are_none(product: Product, isa: str) -> None:
     assert close(y[2:], rounded(x[2:], 32) @ w.dequantized().T)
 
 
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_no_activation_hides_a_nan(product: Product, isa: str, activation: str) -> None:
+    x = make_rows(2, 64)
+    x[1, 40] = np.nan
+    y = product(make_weights(20, 64, 4, 32), isa=isa, activation=activation).run(None, {"x": x})[0]
+    assert np.all(np.isfinite(y[0]))
+    assert np.all(np.isnan(y[1]))
+
+
 def test_shapes_of_any_rank_and_no_rows(product: Product) -> None:
     w = make_weights(24, 96, 4, 32)
     session = product(w)
@@ -309,6 +318,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"bits": 8}, "B has the shape"),
     ({"activation": "mish"}, "activation is 'mish'"),
     ({"gated": 2}, "gated is 2"),
+    ({"gated": 1.0}, "gated is of another type, expected an integer"),
+    ({"activation": 1}, "activation is of another type, expected a string"),
     ({"isa": "avx9"}, "isa is 'avx9'"),
 ]
 

@@ -16,7 +16,7 @@ import pytest
 from ryzen_compile.kernels import cpu
 
 FLAGS = (
-    *("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-pthread"),
+    *("-std=c++17", "-ffp-contract=off", "-O1", "-g1", "-Wall", "-Wextra", "-pthread"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
     # A null pointer or an object too small is AddressSanitizer's to find as well; checks for them in front of every
     # vector load double the time to compile.
