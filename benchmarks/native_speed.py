@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ import ryzen_compile
 from ryzen_compile.backends.onnxruntime import native
 from ryzen_compile.backends.onnxruntime.artifact import slots_of
 from ryzen_compile.backends.onnxruntime.claim_report import KINDS
-from ryzen_compile.backends.onnxruntime.kernel_choices import nbits_shapes, write_stand_in
+from ryzen_compile.backends.onnxruntime.kernel_choices import NbitsShape, nbits_shapes, write_stand_in
 from ryzen_compile.manifest import read_manifest
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.generate import read
@@ -43,8 +43,10 @@ from ryzen_compile.validate.machine import read_machine, read_versions, stream_r
 
 DATA = Path(__file__).resolve().parent / "data" / "native_speed.csv"
 SIDES = ("stock", "native")
+PARTS = ("products", "attention", "decoder")
 WARM_UP = 2
 CHUNK = 512
+TURNS = 8
 LONG = 64  # rows from which a run takes so long that a few will do
 
 
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, nargs="+", default=[1, 4, 16], help="rows of the attention alone")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--work", type=Path, default=Path("native-work"))
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -102,10 +105,8 @@ def in_child(side: str) -> dict[str, float]:
 
 def measured(artifact: Path, args: argparse.Namespace) -> dict[str, float]:
     """One sample of everything, in this process: milliseconds by name, and GB/s where the name says so."""
-    before = stream_read_gbps(0.5, threads=args.threads)
-    found = {**products(artifact, args), **attentions(artifact, args), **decoder(artifact, args)}
-    found["stream read, GB/s"] = max(before, stream_read_gbps(0.5, threads=args.threads))
-    return found
+    parts = {"products": products, "attention": attentions, "decoder": decoder}
+    return {name: value for part in args.parts for name, value in parts[part](artifact, args).items()}
 
 
 def opened(path: Path, args: argparse.Namespace) -> onnxruntime.InferenceSession:
@@ -136,6 +137,7 @@ def products(artifact: Path, args: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         path = write_stand_in(Path(folder) / "model.onnx", parts, parts[0].block, parts[0].accuracy_level)
         session = opened(path, args)
+        found["products, 1 row, % of a plain read"] = share_of_read(session, parts, args)
         for rows in args.rows:
             random = np.random.default_rng(0)
             depths = sorted({part.depth for part in parts})
@@ -143,6 +145,18 @@ def products(artifact: Path, args: argparse.Namespace) -> dict[str, float]:
             times = args.steps if rows < LONG else 2
             found[f"products, {rows} rows"] = median_ms(lambda feeds=feeds: session.run(None, feeds), times)
     return found
+
+
+def share_of_read(session: Any, parts: Sequence[NbitsShape], args: argparse.Namespace) -> float:
+    """Bytes a second of products of one row over those of a plain read, each the median of turns of a third of a
+    second: what the memory gives changes from second to second here. The first turn warms up."""
+    size = sum(part.count * (part.bytes + 4 * part.rows * -(-part.depth // part.block)) for part in parts)
+    feeds = {f"x{depth}": np.ones((1, depth), np.float32) for depth in {part.depth for part in parts}}
+    shares = []
+    for _ in range(TURNS):
+        once = median_ms(lambda: session.run(None, feeds), 15)
+        shares.append(size / once / 1e6 / stream_read_gbps(0.3, threads=args.threads))
+    return 100 * statistics.median(shares[1:])
 
 
 def attentions(artifact: Path, args: argparse.Namespace) -> dict[str, float]:

@@ -172,7 +172,8 @@ def write_stand_in(path: Path, parts: Sequence[NbitsShape], block: int, level: i
             graph.input.append(helper.make_tensor_value_info(f"x{depth}", TensorProto.FLOAT, ["M", depth]))
         for number, part in enumerate(each for each in parts for _ in range(each.count)):
             blocks = -(-part.depth // block)
-            codes = np.resize(random, (part.rows, blocks, block * part.bits // 8))
+            # Different ones in every product: ONNX Runtime packs equal weights once, and the caches would hold them.
+            codes = np.resize(np.roll(random, number), (part.rows, blocks, block * part.bits // 8))
             scales = np.full((part.rows, blocks), 0.01, np.float32)
             graph.initializer.extend([_stored(f"w{number}", codes, stream), _stored(f"s{number}", scales, stream)])
             graph.node.append(
