@@ -4,8 +4,9 @@
 
 The 4-bit artifact of the shipped model is opened with and without native operators. 200 held-out prompts are continued
 by 64 tokens each with both, and where they part is listed with how far apart the stock session's logits of the two
-tokens were. Then both are scored on held-out windows of the model's full context: perplexity of the one over the
-other's. Results are appended to ``benchmarks/data/native_quality.csv``.
+tokens were; and each with itself, its prompts read at once and token by token. Then both are scored on held-out windows
+of the model's full context: perplexity of the one over the other's. Results are appended to
+``benchmarks/data/native_quality.csv``.
 """
 
 from __future__ import annotations
@@ -30,24 +31,28 @@ from ryzen_compile.validate.quality import EngineScorer, score
 DATA = Path(__file__).resolve().parent / "data" / "native_quality.csv"
 
 
-def greedy(stock: CompiledModel, ours: CompiledModel, args: argparse.Namespace) -> float:
-    """The share of prompts whose continuations are the same to the last token."""
+def greedy(stock: CompiledModel, ours: CompiledModel, args: argparse.Namespace) -> tuple[float, float, float]:
+    """Shares of prompts whose continuations are the same to the last token: of both; of stock operators that read the
+    prompt at once and token by token; and of native ones that do."""
     prompts = spread_windows(held_out_text(), args.prompt, args.prompts * args.prompt)
-    same = 0
+    same = np.zeros(3)
     for index, prompt in enumerate(prompts):
         wanted, got = (continued(model, prompt, args.new) for model in (stock, ours))
-        if (got == wanted).all():
-            same += 1
-            continue
-        at = int((got != wanted).argmax())
-        logits = stock(wanted[None, :at])[0, -1]
-        gap = float(logits[wanted[at]] - logits[got[at]])
-        print(f"  prompt {index}: token {at - args.prompt} of {args.new}, stock logits {gap:.5f} apart")
-    return same / len(prompts)
+        slowly = [continued(model, prompt, args.new, prefill_chunk_size=1) for model in (stock, ours)]
+        same += [(a == b).all() for a, b in ((got, wanted), (slowly[0], wanted), (slowly[1], got))]
+        if (got != wanted).any():
+            at = int((got != wanted).argmax())
+            logits = stock(wanted[None, :at])[0, -1]
+            gap = float(logits[wanted[at]] - logits[got[at]])
+            print(f"  prompt {index}: token {at - args.prompt} of {args.new}, stock logits {gap:.5f} apart")
+    both, own, native = same / len(prompts)
+    return float(both), float(own), float(native)
 
 
-def continued(model: CompiledModel, prompt: np.ndarray, new: int) -> np.ndarray:
-    ids: np.ndarray = model.generate(prompt[None], np.ones_like(prompt[None]), max_new_tokens=new, eos_token_id=None)[0]
+def continued(model: CompiledModel, prompt: np.ndarray, new: int, **settings: Any) -> np.ndarray:
+    ids: np.ndarray = model.generate(
+        prompt[None], np.ones_like(prompt[None]), max_new_tokens=new, eos_token_id=None, **settings
+    )[0]
     return ids
 
 
@@ -81,12 +86,20 @@ def main() -> None:
             ):
                 found = score(EngineScorer(ours.engine), EngineScorer(stock.engine), windows, batch=4)
         print(
-            f"{kv} cache: {100 * same:.1f} % of {args.prompts} prompts x {args.new} tokens the same; perplexity ratio "
+            f"{kv} cache: {100 * same[0]:.1f} % of {args.prompts} prompts x {args.new} tokens the same; prompts at "
+            f"once or token by token: stock {100 * same[1]:.1f} %, native {100 * same[2]:.1f} %; perplexity ratio "
             f"{shown(found.ratio, '.6f')}, mean KL {shown(found.kl, '.2g')}, top-1 {shown(found.top1, '.3f', 100)} % "
             f"over {found.tokens:,} tokens",
             flush=True,
         )
-        rows.append([kv, f"{same:.4f}", found.tokens, *(f"{getattr(found, n).value:.8g}" for n in ("ratio", "kl"))])
+        rows.append(
+            [
+                kv,
+                *(f"{share:.4f}" for share in same),
+                found.tokens,
+                *(f"{getattr(found, n).value:.8g}" for n in ("ratio", "kl")),
+            ]
+        )
     append(rows, args.threads)
 
 
@@ -96,7 +109,21 @@ def append(rows: list[list[Any]], threads: int) -> None:
     with DATA.open("a", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         if fresh:
-            writer.writerow(["date", "machine", "threads", "versions", "kv", "same", "tokens", "ratio", "kl"])
+            writer.writerow(
+                [
+                    "date",
+                    "machine",
+                    "threads",
+                    "versions",
+                    "kv",
+                    "same",
+                    "stock_itself",
+                    "native_itself",
+                    "tokens",
+                    "ratio",
+                    "kl",
+                ]
+            )
         writer.writerows([*shared, *row] for row in rows)
 
 

@@ -2,6 +2,10 @@
 //
 // One translation unit then holds all versions, and the compiler is told per function what it may use: nothing but the
 // chosen version runs. Included after every other header, so that none of those is compiled for more than the baseline.
+#ifdef __clang__
+#error "compile with g++: clang ignores #pragma GCC target, which says per function what may be used"
+#endif
+
 #include <immintrin.h>
 
 #define INLINE static inline __attribute__((always_inline))

@@ -3,6 +3,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <system_error>
 #include <thread>
 
 #include "round_activations.h"
@@ -112,9 +113,13 @@ PackedWeights pack(int bits, int64_t block, int64_t blocks, const Source& from) 
   // A second thread, because a session that opens has no pool to lend yet.
   const int64_t half = w.panels * w.panel_bytes() < SERIAL_PACK ? 0 : w.panels / 2;
   std::thread helper;
-  if (half > 0) helper = std::thread(pack_panels, 0, half);
+  try {
+    if (half > 0) helper = std::thread(pack_panels, 0, half);
+  } catch (const std::system_error&) {  // none to be had: alone, then
+    pack_panels(0, half);
+  }
   pack_panels(half, w.panels);
-  if (half > 0) helper.join();
+  if (helper.joinable()) helper.join();
   w.data = data;
   return w;
 }
@@ -152,14 +157,17 @@ float product(const PackedWeights& w, const RoundedRows& x, const int8_t* codes,
       const int code = at[w.tiles_at() + (tile * PANEL + place) * 4 + k % 4] >> (quad % split * w.bits) & mask;
       whole += code * codes[(b * w.block / 4 + quad) * stride * 4 + k % 4];
     }
-    float scale, scaled_zero;
+    float scale;
     std::memcpy(&scale, at + place * sizeof scale, sizeof scale);
-    std::memcpy(&scaled_zero, at + (PANEL + place) * sizeof scaled_zero, sizeof scaled_zero);
     const float step = x.steps[row * x.blocks + b];
     const int32_t sum = x.sums[row * x.blocks + b];
     if (!w.zeros) whole -= (1 << (w.bits - 1)) * sum;
     total = std::fma(float(whole), scale * step, total);
-    if (w.zeros) total = std::fma(-step * float(sum), scaled_zero, total);
+    if (w.zeros) {
+      float scaled_zero;
+      std::memcpy(&scaled_zero, at + (PANEL + place) * sizeof scaled_zero, sizeof scaled_zero);
+      total = std::fma(-step * float(sum), scaled_zero, total);
+    }
   }
   return total;
 }

@@ -27,9 +27,9 @@ constexpr int LEAST_BLOCK = 32, MOST_BLOCK = 256;
 
 // W as it is streamed: panels of 32 rows one after the other, each a sequence of blocks. A block is 32 scales; where
 // there are zero points, 32 products of scale and zero point; and the codes: tiles of 64 bytes for the first and the
-// second 16 rows in turn, in each of the tile's 16 lanes four neighbours in k, and in the bits of each byte as many such
-// quads as fit, the earlier in the lower bits. Rows that pad have zeros. Where the product is gated, a panel's first half
-// is the gate of 16 columns and its second half what is gated.
+// second 16 rows in turn, in each of the tile's 16 lanes four neighbours in k, and in the bits of each byte as many
+// such quads as fit, the earlier in the lower bits. Rows that pad have zeros. Where the product is gated, a panel's
+// first half is the gate of 16 columns and its second half what is gated.
 struct PackedWeights {
   int bits = 0;
   bool zeros = false;
@@ -44,9 +44,9 @@ struct PackedWeights {
   const uint8_t* panel(int64_t index) const { return data.get() + index * panel_bytes(); }
 };
 
-// Rows of activations in 8 bits. Rows lie in groups of GROUP, the last ones in groups of half of that and so on, so that
-// what is multiplied together is read together: a group is its rows' first four codes, one row after the other, then
-// the next four. `steps` and `sums` of the codes are (rows, blocks).
+// Rows of activations in 8 bits. Rows lie in groups of GROUP, the last ones in groups of half of that and so on, so
+// that what is multiplied together is read together: a group is its rows' first four codes, one row after the other,
+// then the next four. `steps` and `sums` of the codes are (rows, blocks).
 constexpr int GROUP = 8;
 
 struct RoundedRows {

@@ -31,9 +31,9 @@ inline Bytes allocate(size_t size, size_t alignment = CACHE_LINE) {
   return Bytes(data);
 }
 
-// Uninitialised memory for weights, cut out of chunks of whole huge pages: with pages of 4 KiB, streaming a matrix costs
-// a walk of the page tables every 4 KiB, and matrices that each began at a huge page would waste half of one each. A
-// chunk lives as long as something cut out of it.
+// Uninitialised memory for weights, cut out of chunks of whole huge pages: with pages of 4 KiB, streaming a matrix
+// costs a walk of the page tables every 4 KiB, and matrices that each began at a huge page would waste half of one
+// each. A chunk lives as long as something cut out of it.
 inline std::shared_ptr<uint8_t[]> allocate_weights(size_t size) {
 #ifdef __SANITIZE_ADDRESS__
   return std::shared_ptr<uint8_t[]>(allocate(size));  // a block of its own, whose end the sanitizer sees

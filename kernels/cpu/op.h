@@ -224,8 +224,8 @@ class Context {
     check(api_, ort::KernelContext_GetInput::call(api_, context_, index, &value));
     return detail::view(api_, value);
   }
-  // The output's buffer: what the caller has bound, else a new one. An optional output that nobody reads is null, and so
-  // may be one without elements.
+  // The output's buffer: what the caller has bound, else a new one. An optional output that nobody reads is null, and
+  // so may be one without elements.
   template <typename T>
   T* output(size_t index, const Shape& shape) const {
     size_t count = 0;

@@ -38,7 +38,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A C++ compiler that has both sanitizers."""
     if not cpu.supported():
         pytest.skip("the native operators are for x86-64 Linux")
-    found = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("g++")
     if found is None:
         pytest.skip("there is no C++ compiler")
     directory = tmp_path_factory.mktemp("compiler")
