@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from random_artifact import prepare
 
 import ryzen_compile
 from ryzen_compile.backends.onnxruntime.artifact import slots_of
@@ -39,19 +40,6 @@ from ryzen_compile.validate.machine import read_machine, read_versions, stream_r
 DATA = Path(__file__).resolve().parent / "data" / "kv_speed.csv"
 ROWS, REQUESTS, SHARED, OWN = 8, 16, 400, 24
 CHUNK, WARM_UP = 512, 2
-
-
-def prepare(shape: str, kv: str, out: Path) -> None:
-    """Exports in a child, whose memory is given back; unverified, for random weights' logits mean nothing."""
-    code = (
-        "import sys\n"
-        "from ryzen_compile.api import export\n"
-        "from ryzen_compile.config import find_recipe\n"
-        "from ryzen_compile.shapes import random_model\n"
-        "recipe = find_recipe('int4', kv=sys.argv[2], method='rtn')\n"
-        "export(random_model(sys.argv[1]), sys.argv[3], recipe, verify=False)\n"
-    )
-    subprocess.run([sys.executable, "-c", code, shape, kv, str(out)], check=True)
 
 
 def measured(artifact: Path, args: argparse.Namespace) -> dict[str, float]:

@@ -29,6 +29,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper
+from random_artifact import prepare
 
 import ryzen_compile
 from ryzen_compile.backends.onnxruntime import native
@@ -80,19 +81,6 @@ def main() -> None:
         print(f"round {number + 1} of {args.rounds} done", file=sys.stderr)
     report(samples, args)
     append(samples, args)
-
-
-def prepare(shape: str, kv: str, out: Path) -> None:
-    """Exports in a child, whose memory is given back; unverified, for random weights' logits mean nothing."""
-    code = (
-        "import sys\n"
-        "from ryzen_compile.api import export\n"
-        "from ryzen_compile.config import find_recipe\n"
-        "from ryzen_compile.shapes import random_model\n"
-        "recipe = find_recipe('int4', kv=sys.argv[2], method='rtn')\n"
-        "export(random_model(sys.argv[1]), sys.argv[3], recipe, verify=False)\n"
-    )
-    subprocess.run([sys.executable, "-c", code, shape, kv, str(out)], check=True)
 
 
 def in_child(side: str) -> dict[str, float]:

@@ -30,11 +30,6 @@ const AttentionKernels& kernels_for(Isa isa) {
   return reference::ATTENTION;
 }
 
-int64_t rounded_up(int64_t size) {
-  constexpr int64_t LINE = int64_t{CACHE_LINE};
-  return (size + LINE - 1) / LINE * LINE;
-}
-
 void expect(const Tensor& tensor, const Shape& shape, const char* name) {
   if (tensor.shape != shape) refuse(name, " has the shape ", tensor.shape.text(), ", expected ", shape.text());
 }
@@ -318,7 +313,7 @@ void GroupQueryAttention::Run::move_rows() {
     const Eviction& eviction = evictions[size_t(row)];
     const Sequence& sequence = sequences[size_t(row)];
     moves = moves || eviction.held != sequence.append_at || eviction.staged;
-    if (eviction.staged) staged_bytes += 2 * rounded_up(job.kv_heads * sequence.rows * (job.row_bytes + step_bytes));
+    if (eviction.staged) staged_bytes += 2 * whole_lines(job.kv_heads * sequence.rows * (job.row_bytes + step_bytes));
   }
   uint8_t* stage = staged_bytes ? scratch<StageScratch>(size_t(staged_bytes)) : nullptr;
   for (int64_t row = 0; row < job.batch; ++row) {
@@ -336,7 +331,7 @@ void GroupQueryAttention::Run::move_rows() {
       continue;
     }
     const int64_t code_bytes = job.kv_heads * sequence.head_bytes;
-    const int64_t bytes = rounded_up(job.kv_heads * head_rows * (job.row_bytes + step_bytes));
+    const int64_t bytes = whole_lines(job.kv_heads * head_rows * (job.row_bytes + step_bytes));
     sequence.keys = stage, sequence.values = stage + bytes;
     sequence.key_steps = reinterpret_cast<float*>(sequence.keys + code_bytes);
     sequence.value_steps = reinterpret_cast<float*>(sequence.values + code_bytes);
@@ -361,7 +356,7 @@ void GroupQueryAttention::Run::lay_out() {
   job.query_rows = job.tokens * job.group;
   job.blocks = (job.query_rows + MOST_LANES - 1) / MOST_LANES;
   const int64_t lanes = (job.blocks - 1) * MOST_LANES + job.lanes_of(job.blocks - 1);
-  job.query_bytes = rounded_up(lanes * job.lane_bytes());
+  job.query_bytes = whole_lines(lanes * job.lane_bytes());
   const int64_t bytes = job.batch * job.kv_heads * job.query_bytes;
   job.queries = scratch<QueryScratch>(size_t(bytes));
   if (job.query_rows % MOST_LANES != job.lanes_of(job.blocks - 1) % MOST_LANES) {
@@ -392,7 +387,7 @@ std::pair<int64_t, int64_t> GroupQueryAttention::Run::splits_of(int64_t row, int
 void GroupQueryAttention::Run::attend() {
   const AttentionKernels& kernels = kernels_for(op.isa_);
   const int64_t bytes = kernels.scratch_bytes(job.dim);
-  const int64_t partial_bytes = rounded_up(Partial::floats(MOST_LANES, job.dim) * int64_t{sizeof(float)});
+  const int64_t partial_bytes = whole_lines(Partial::floats(MOST_LANES, job.dim) * int64_t{sizeof(float)});
   const int64_t units = job.batch * job.kv_heads * job.blocks;
   // The longest rows first, so that no thread is left with one of them at the end.
   struct Unit {

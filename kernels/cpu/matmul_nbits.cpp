@@ -207,7 +207,7 @@ void take_row(const int8_t* x, int64_t blocks, int64_t block, int64_t group, int
 
 void round_row(const float* x, int64_t depth, int64_t blocks, int64_t block, int64_t group, int8_t* codes, float* steps,
                int32_t* sums) {
-  int8_t rounded[MOST_BLOCK];
+  int8_t rounded[LARGEST_BLOCK];
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t left = std::min(depth - b * block, block);
     round_block_reference(x + b * block, int(left), int(block), rounded, steps + b);
@@ -269,8 +269,8 @@ MatMulNBits::MatMulNBits(const Info& info)
       isa_(chosen_isa(info.text("isa", "auto"))) {
   const int64_t rows = columns_, bits = info.integer("bits", 4), block = info.integer("block_size");
   if (bits != 2 && bits != 4 && bits != 8) refuse("bits is ", bits, ", expected 2, 4 or 8");
-  if (block < LEAST_BLOCK || block > MOST_BLOCK || block % LEAST_BLOCK)
-    refuse("block_size is ", block, ", expected a multiple of ", LEAST_BLOCK, " up to ", MOST_BLOCK);
+  if (block < LEAST_BLOCK || block > LARGEST_BLOCK || block % LEAST_BLOCK)
+    refuse("block_size is ", block, ", expected a multiple of ", LEAST_BLOCK, " up to ", LARGEST_BLOCK);
   if (gated_ && rows % 2) refuse("N is ", rows, ", which gated does not split into halves");
   const size_t inputs = info.inputs();
   if (inputs <= SCALES) refuse("it has ", inputs, " inputs, expected at least 3");
@@ -296,9 +296,9 @@ RoundedRows MatMulNBits::rounded(Context& context, const Tensor& x, const Tensor
   // One allocation: codes first, which are the widest.
   struct Rounded;
   const size_t numbers = size_t(rows * blocks) * sizeof(float);
-  uint8_t* room = scratch<Rounded>(size_t(rows * width) + 2 * numbers + 3 * CACHE_LINE);
+  uint8_t* room = scratch<Rounded>(size_t(whole_lines(rows * width)) + 2 * numbers);
   auto* codes = reinterpret_cast<int8_t*>(room);
-  auto* steps = reinterpret_cast<float*>(room + (rows * width + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
+  auto* steps = reinterpret_cast<float*>(room + whole_lines(rows * width));
   auto* sums = reinterpret_cast<int32_t*>(steps + rows * blocks);
 
   const float* floats = given ? nullptr : x.floats("A");

@@ -6,7 +6,7 @@
 //
 // Activations are rounded to 8 bits over blocks of the weights' length, each block by its own largest magnitude, as
 // accuracy_level 4 says. Sums within a block are exact integers; blocks are added in float32 in the order of k. A row's
-// result thus does not depend on the rows beside it, on the tasks, or on the instruction set.
+// product thus does not depend on the rows beside it, on the tasks, or on the instruction set.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ enum class Activation : int { NONE, RELU, RELU2, SILU, GELU, GELU_TANH, QUICK_GE
 constexpr int PANEL = 32;  // rows of W that are streamed together
 constexpr int LANE_ROWS = 16;
 constexpr int HALVES = PANEL / LANE_ROWS;
-constexpr int LEAST_BLOCK = 32, MOST_BLOCK = 256;
+constexpr int LEAST_BLOCK = 32;
 
 // W as it is streamed: panels of 32 rows one after the other, each a sequence of blocks. A block is 32 scales; where
 // there are zero points, 32 products of scale and zero point; and the codes: tiles of 64 bytes for the first and the

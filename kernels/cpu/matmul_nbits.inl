@@ -166,7 +166,7 @@ INLINE int32_t place_block(const int8_t* block_codes, int64_t block, int64_t gro
 // One row of `depth` floats, rounded; `codes` is where the row's first four belong.
 static void round_row(const float* x, int64_t depth, int64_t blocks, int64_t block, int64_t group, int8_t* codes,
                       float* steps, int32_t* sums) {
-  int8_t rounded[MOST_BLOCK] = {};
+  int8_t rounded[LARGEST_BLOCK] = {};
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t left = depth - b * block;
     round_block(x + b * block, int(left < block ? left : block), int(block), rounded, steps + b);
@@ -176,7 +176,7 @@ static void round_row(const float* x, int64_t depth, int64_t blocks, int64_t blo
 
 // The same for a row that a norm has rounded.
 static void take_row(const int8_t* x, int64_t blocks, int64_t block, int64_t group, int8_t* codes, int32_t* sums) {
-  int8_t taken[MOST_BLOCK] = {};
+  int8_t taken[LARGEST_BLOCK] = {};
   for (int64_t b = 0; b < blocks; ++b) {
     __builtin_memcpy(taken, x + b * block, size_t(block));
     sums[b] = place_block(taken, block, group, codes + b * block * group);

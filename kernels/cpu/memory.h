@@ -18,6 +18,9 @@ constexpr size_t HUGE_PAGE = size_t{2} << 20;
 
 inline size_t rounded_up(size_t size, size_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
+// `size` in whole cache lines, in bytes.
+inline int64_t whole_lines(int64_t size) { return int64_t(rounded_up(size_t(size), CACHE_LINE)); }
+
 struct Free {
   void operator()(uint8_t* data) const { std::free(data); }
 };

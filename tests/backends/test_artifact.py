@@ -156,6 +156,8 @@ def test_without_digests_only_sizes_are_compared(copy: Path) -> None:
     data[0] ^= 1
     path.write_bytes(data)
     ryzen_compile.load(copy, digests=False).close()
+    with pytest.raises(TamperedError, match=r"model\.onnx\.data"):
+        ryzen_compile.load(copy)
 
 
 def test_an_unlisted_file_is_a_warning(copy: Path) -> None:
