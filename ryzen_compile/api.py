@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ryzen_compile.backends import get_backend
-from ryzen_compile.config import DEFAULT_RECIPE, KVCacheConfig, Recipe, find_recipe
+from ryzen_compile.calibration import Calibration, read_calibration
+from ryzen_compile.config import DEFAULT_RECIPE, EmbeddingCompression, KVCacheConfig, Recipe, find_recipe
 from ryzen_compile.errors import ArtifactError, RyzenCompileError, UnsupportedError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME
 from ryzen_compile.runtime.compiled import CompiledModel
@@ -19,7 +20,7 @@ from ryzen_compile.runtime.engine import Engine
 from ryzen_compile.text import BUILTIN
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from ryzen_compile.backends.onnxruntime.artifact import Artifact, Companions
     from ryzen_compile.backends.onnxruntime.emit import LoweringOptions
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from ryzen_compile.report import PassRecord, Report
     from ryzen_compile.spec import CacheSlot
 
-CALIBRATION_LENGTH, CALIBRATION_TOKENS = 256, 16_384
-HELD_BACK = 4  # windows of the same text that no method sees: the parity gate measures on them
-CALIBRATION_CHARACTERS = 40 * CALIBRATION_TOKENS  # read at most; a token is rarely more than a few characters
 Progress = Callable[["str | PassRecord"], None]
 Native = Literal["auto"] | bool
 
@@ -62,6 +60,7 @@ def optimize(
     sinks: int | None = None,
     target_bits: float | None = None,
     overrides: Mapping[str, Any] | None = None,
+    embedding: Mapping[str, Any] | EmbeddingCompression | None = None,
     calibration: str | os.PathLike[str] = BUILTIN,
     passes: Sequence[Pass] | None = None,
     tokenizer: Any = None,
@@ -80,7 +79,8 @@ def optimize(
     ``prefill`` ("shared" or "int8"), ``kv`` (how keys and values are cached: "int8", "int4", "auto", or a
     :class:`KVCacheConfig`), ``window`` and ``sinks`` (endless streams in a cache of constant size), ``target_bits``
     (mixed precision: stored bits per weight) and ``overrides`` (regular expression over weight names -> ``{"bits": 8}``
-    and such, or ``{"float": True}``) override its settings. ``calibration`` is text for the methods that look at
+    and such, or ``{"float": True}``) override its settings; ``embedding``, an :class:`EmbeddingCompression` or its
+    fields, stores the table of tokens as codes into a codebook. ``calibration`` is text for the methods that look at
     activations: a ``.txt`` or ``.jsonl`` file, a directory of such, or "builtin"; a model without a tokenizer is
     quantized without. ``passes`` replaces the recipe's own. ``verify`` runs the parity gate after every pass: one that
     moves the logits beyond rounding is rolled back and named in the report, a lossy one is held to the recipe's budget.
@@ -98,6 +98,7 @@ def optimize(
         sinks=sinks,
         target_bits=target_bits,
         overrides=overrides,
+        embedding=embedding,
     )
     _refuse_cache(backend, chosen)  # what is asked for is refused before the model is read
     if threads is not None and threads < 1:
@@ -108,7 +109,7 @@ def optimize(
         source.model,
         chosen,
         backend=backend,
-        calibration=read_calibration(source, chosen, calibration, progress),
+        calibration=read_calibration(source.tokenizer, chosen, calibration, progress),
         given=source.quantized,
         passes=passes,
         verify=verify,
@@ -156,6 +157,7 @@ def export(
     sinks: int | None = None,
     target_bits: float | None = None,
     overrides: Mapping[str, Any] | None = None,
+    embedding: Mapping[str, Any] | EmbeddingCompression | None = None,
     calibration: str | os.PathLike[str] = BUILTIN,
     native: bool = False,
     force: bool = False,
@@ -182,6 +184,7 @@ def export(
         sinks=sinks,
         target_bits=target_bits,
         overrides=overrides,
+        embedding=embedding,
     )
     _refuse_cache("onnxruntime", chosen)
     if native:
@@ -196,7 +199,7 @@ def export(
     program, report = rewrite(
         source.model,
         chosen,
-        calibration=read_calibration(source, chosen, calibration, progress),
+        calibration=read_calibration(source.tokenizer, chosen, calibration, progress),
         given=source.quantized,
         verify=verify,
         progress=progress,
@@ -294,9 +297,15 @@ def rewrite(
         _say(progress, "reference")
         check_capture(model, program)
         gate = ParityGate(program, text=unseen)
-    chosen = default_passes(recipe, calibration=text, given=given) if passes is None else tuple(passes)
+    if passes is None:
+        compressor = None
+        if recipe.embedding is not None:
+            from ryzen_compile.train.embedding import prepare_compressor
+
+            compressor = prepare_compressor(model, program, recipe.embedding, calibration, progress)
+        passes = default_passes(recipe, calibration=text, given=given, compressor=compressor)
     program, report = run_passes(
-        program, chosen, supported_ops=target.supported_ops, gate=gate, strict=verify, progress=progress
+        program, passes, supported_ops=target.supported_ops, gate=gate, strict=verify, progress=progress
     )
     facts: dict[str, object] = {"recipe": recipe.name, "backend": backend}
     if calibration is not None and text is not None:
@@ -327,48 +336,6 @@ def read_source(
     )
     found = load_checkpoint(directory, trust_remote_code=trust_remote_code)
     return Source(found.model, os.fspath(model), tokenizer or found.tokenizer, found.generation_config, found.blocks)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Text in the model's tokens, and where it is from: ``windows`` (B, T) int64 for the methods that look at
-    activations, ``held_back`` (b, T) for measuring what they did."""
-
-    windows: Tensor
-    held_back: Tensor
-    name: str
-    digest: str
-
-
-def read_calibration(
-    source: Source, recipe: Recipe, text: str | os.PathLike[str] = BUILTIN, progress: Progress | None = None
-) -> Calibration | None:
-    """Text for a recipe with integers: what its methods look at, and what the parity gate measures them on.
-
-    None where weights and cache stay float32, and for a model without a tokenizer when no text was asked for. Raises
-    ``UsageError`` for a text that was named and cannot be used, or that is too short.
-    """
-    cache_reads = recipe.kv.dtype != "fp32"
-    if (recipe.weights is None and not cache_reads) or (source.tokenizer is None and text == BUILTIN):
-        return None
-    if source.tokenizer is None:
-        raise UsageError(f"calibration text {os.fspath(text)!r} cannot be read: the model has no tokenizer")
-    import torch
-
-    from ryzen_compile.text import digest, read_text, token_windows
-
-    _say(progress, "calibration")
-    content = read_text(text, characters=CALIBRATION_CHARACTERS)
-    windows = token_windows(
-        content, _encoder(source.tokenizer), CALIBRATION_LENGTH, CALIBRATION_TOKENS + HELD_BACK * CALIBRATION_LENGTH
-    )
-    found = torch.from_numpy(windows)
-    return Calibration(found[:-HELD_BACK], found[-HELD_BACK:], Path(text).name, digest(content))
-
-
-def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    # verbose: a warning that a text is longer than the context, which is cut into windows right after
-    return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _lowering_options(recipe: Recipe) -> LoweringOptions:

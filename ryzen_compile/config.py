@@ -73,6 +73,33 @@ class WeightQuantization(BaseModel):
         return overrides
 
 
+class EmbeddingCompression(BaseModel):
+    """How a table that is looked up is stored as codes into a small codebook, see ``numerics.codebook``.
+
+    ``method`` "kmeans" clusters the weights. "dkm" goes on from there: for ``steps`` steps on the calibration text,
+    table and centroids are trained by differentiable k-means so that the model's predictions stay what they were. A
+    code of ``bits`` stands for ``cluster_dim`` weights, in ``stages``; a scale for ``group`` weights of a row, 0 for
+    all. The share ``keep`` of the rows, those whose rounding would cost the text most, stays in float16. ``ratio``
+    (float32 bytes over stored bytes, everything counted) leaves the choice of ``bits``, ``cluster_dim`` and ``keep``
+    to the compressor. ``weighting`` says what an error in a row counts: as often as its token occurs in the text, the
+    same everywhere, or as the text's predictions depend on it (the row's Fisher information). ``max_kl`` is the parity
+    gate's budget, mean KL divergence in nats per token.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["kmeans", "dkm"] = "dkm"
+    bits: int = Field(default=8, ge=1, le=8)
+    cluster_dim: Literal[1, 2, 4, 8] = 2
+    stages: Literal[1, 2] = 1
+    group: int = Field(default=0, ge=0)
+    keep: float = Field(default=0.01, ge=0, le=0.5)
+    ratio: float | None = Field(default=None, gt=1, le=200)
+    weighting: Literal["frequency", "fisher", "none"] = "frequency"
+    steps: int = Field(default=300, ge=1)
+    max_kl: float = Field(default=0.5, gt=0)
+
+
 # Nats per token; on the shipped model int8 costs 0.0001, int4 0.017.
 KV_BUDGETS = {"fp32": 0.0, "int8": 0.02, "auto": 0.02, "k8v4": 0.1, "int4": 0.2}
 
@@ -132,6 +159,7 @@ class Recipe(BaseModel):
     token (scoring text, verifying drafts). ``context`` shortens the number of positions the artifact is made for.
     ``weights`` None keeps them in float32. ``prefill="int8"`` writes the weights a second time as 8-bit rows, for
     prompts only: about twice the speed there, for one more byte per weight. ``kv`` says how the cache is kept.
+    ``embedding`` stores the table of tokens as codes into a codebook; a head tied to it keeps weights of its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -143,6 +171,7 @@ class Recipe(BaseModel):
     weights: WeightQuantization | None = None
     prefill: Literal["shared", "int8"] = "shared"
     kv: KVCacheConfig = KVCacheConfig()
+    embedding: EmbeddingCompression | None = None
 
     @model_validator(mode="after")
     def _prompts_have_integers(self) -> Recipe:
@@ -206,6 +235,8 @@ def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
             continue
         if name in ("kv", "window", "sinks"):
             settings["kv"] |= _kv_settings(name, value)
+        elif isinstance(value, BaseModel):
+            settings[name] = value.model_dump()
         elif name in Recipe.model_fields:
             settings[name] = value
         elif settings["weights"] is None:
@@ -239,6 +270,21 @@ def _kv_settings(name: str, value: Any) -> dict[str, Any]:
             f"kv: expected settings, a mapping or a name, got {value!r}", hint="for example int8 or int4-g32"
         )
     return dict(value)
+
+
+def embedding_settings(method: str | None, **settings: Any) -> dict[str, Any] | None:
+    """``embedding`` of a recipe from what a command was given; raises ``ConfigError`` for settings without a method."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if method is None:
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)} of the table: expected a method, too", hint="give embedding 'kmeans' or 'dkm'"
+            )
+        return None
+    if "ratio" in given and len(given) > 1:
+        others = ", ".join(name for name in given if name != "ratio")
+        raise ConfigError(f"a ratio chooses {others} by itself", hint="give one or the other")
+    return {"method": method, **given}
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:

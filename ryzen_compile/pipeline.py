@@ -17,6 +17,7 @@ from ryzen_compile.numerics.blockwise import BlockTensor
 from ryzen_compile.passes.base import Pass, PassResult
 from ryzen_compile.passes.bind_positions import BindPositions
 from ryzen_compile.passes.canonicalize import Canonicalize
+from ryzen_compile.passes.compress_embedding import EmbeddingCompressor
 from ryzen_compile.passes.eliminate_dead import EliminateDead
 from ryzen_compile.passes.fuse_add_norm import FuseAddNorm
 from ryzen_compile.passes.fuse_attention import FuseAttention
@@ -37,13 +38,21 @@ LATE_ALLOWANCE = 2.0  # times a lossy pass's budget in the last quarter: fewer t
 
 
 def default_passes(
-    recipe: Recipe, *, calibration: Tensor | None = None, given: Mapping[str, BlockTensor] | None = None
+    recipe: Recipe,
+    *,
+    calibration: Tensor | None = None,
+    given: Mapping[str, BlockTensor] | None = None,
+    compressor: EmbeddingCompressor | None = None,
 ) -> tuple[Pass, ...]:
     """The passes of a recipe, in order. Each line says why it stands where it does.
 
-    ``calibration`` (B, T) int64 is text for the passes that measure, ``given`` the weights that came quantized.
+    ``calibration`` (B, T) int64 is text for the passes that measure, ``given`` the weights that came quantized,
+    ``compressor`` the recipe's own where it had to be prepared (its table was trained, or its rows weighed).
     """
     weights = recipe.weights
+    if compressor is None and recipe.embedding is not None:
+        compressor = EmbeddingCompressor(recipe.embedding, text=calibration)
+    compress = () if compressor is None else (compressor,)
     quantize = () if weights is None else (QuantizeWeights(weights, calibration=calibration, given=given),)
     bounded = recipe.kv.bounded and recipe.kv.window is None  # a stream drops rows of all layers alike
     cache = () if recipe.kv.dtype == "fp32" else (QuantizeKVCache(recipe.kv, calibration=calibration),)
@@ -58,6 +67,7 @@ def default_passes(
         FuseAttention(),  # masks and repeated heads go away with it
         MergeLinear(),  # needs to know which three projections feed one attention
         FuseLinear(),  # needs the merged gate and up projection
+        *compress,  # lookups only, before the table is taken for a weight like the others
         *quantize,  # weights stored together are merged, and the graph is still whole, so that it can be run on text
         InsertKVCache(bounded=bounded),  # everything around attention is final, so its projections go in whole
         *cache,  # when the cache is known to be exact

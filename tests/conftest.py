@@ -1,4 +1,4 @@
-"""What every test relies on: two threads, no network, quiet libraries, and the shipped model's place."""
+"""What every test relies on: two threads, no network, no GPU needed, quiet libraries, and the shipped model's place."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+
+# Without a GPU, Triton interprets its kernels. It reads this as soon as it is imported, and torch imports it when any
+# operator of ours is called: setting it where kernels are tested would be too late.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

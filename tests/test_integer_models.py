@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ryzen_compile.api import Calibration, rewrite
+from ryzen_compile.api import rewrite
+from ryzen_compile.calibration import Calibration
 from ryzen_compile.backends.eager import EagerBackend
 from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend
 from ryzen_compile.backends.onnxruntime.emit import LoweringOptions

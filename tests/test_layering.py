@@ -24,7 +24,7 @@ LAYERS = (
     ("report",),
     ("passes",),
     ("edit", "verify", "probe", "interpret", "ops", "kernels", "program", "mask_spec", "row_shifts"),
-    ("source", "quantized_checkpoint", "safetensors_header"),
+    ("source", "quantized_checkpoint", "safetensors_header", "calibration"),
     ("numerics", "text", "publish", "manifest", "spec", "shapes", "config", "errors"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

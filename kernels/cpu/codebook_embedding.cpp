@@ -1,5 +1,7 @@
 #include "codebook_embedding.h"
 
+#include "half.h"
+
 #define RYZEN_VECTOR_CODE "codebook_embedding.inl"
 #include "each_isa.h"
 
@@ -7,44 +9,77 @@ namespace ryzen {
 namespace {
 
 constexpr int64_t MOST_CHANNELS = int64_t{1} << 20;
+constexpr int64_t MOST_KEPT = 32767;
 constexpr int64_t CHANNELS_PER_TASK = 1 << 14;
-constexpr int64_t LINES_AHEAD = 16;  // of the next row, fetched while this one is decoded
 
-// The same in plain C++.
-void codebook_row_reference(const CodebookRow& row) {
-  const int groups = row.C / row.dim;
+// The same in plain C++, in three functions.
+
+void copy_kept_reference(const CodebookTable& table, int64_t slot, float* out) {
+  const uint8_t* row = table.kept + slot * table.kept_row_bytes();
+  if (!table.kept_halves) {
+    std::memcpy(out, row, size_t(table.kept_row_bytes()));
+    return;
+  }
+  for (int c = 0; c < table.C; ++c) out[c] = half_to_float(reinterpret_cast<const uint16_t*>(row)[c]);
+}
+
+void decode_row_reference(const CodebookTable& table, int64_t id, float* out) {
+  const uint8_t* row = table.codes + id * table.row_bytes;
   auto entry = [&](int stage, int c) {
-    const int64_t bit = (int64_t{stage} * groups + c / row.dim) * row.bits;
+    const int64_t bit = (int64_t{stage} * (table.C / table.dim) + c / table.dim) * table.bits;
     int code = 0;
-    for (int i = 0; i < row.bits; ++i) code |= (row.codes[(bit + i) / 8] >> ((bit + i) % 8) & 1) << i;
-    return row.codebook[((stage << row.bits) + code) * row.dim + c % row.dim];
+    for (int i = 0; i < table.bits; ++i) code |= (row[(bit + i) / 8] >> ((bit + i) % 8) & 1) << i;
+    return table.codebook[((stage << table.bits) + code) * table.dim + c % table.dim];
   };
-  for (int c = 0; c < row.C; ++c) {
+  for (int c = 0; c < table.C; ++c) {
     float x = entry(0, c);
-    if (row.stages == 2) x += entry(1, c);
-    row.out[c] = row.scales ? x * row.scales[c / row.scale_group] : x;
+    if (table.stages == 2) x += entry(1, c);
+    if (table.scales) x *= half_to_float(table.scales[id * table.groups() + c / table.group]);
+    if (table.gain) x *= table.gain[c];
+    if (table.offset) x += table.offset[c];
+    out[c] = x;
   }
 }
 
-void (*kernel_for(Isa isa))(const CodebookRow&) {
+void codebook_rows_reference(const CodebookTable& table, const int64_t* ids, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i, out += table.C) {
+    const int64_t slot = table.slots ? table.slots[ids[i]] : -1;
+    if (slot >= 0) {
+      copy_kept_reference(table, slot, out);
+    } else {
+      decode_row_reference(table, ids[i], out);
+    }
+  }
+}
+
+using Kernel = void (*)(const CodebookTable&, const int64_t* ids, int64_t count, float* out);
+
+Kernel kernel_for(Isa isa) {
   switch (isa) {
-    case Isa::AVX512_VNNI: return avx512_vnni::codebook_row;
-    case Isa::AVX2_VNNI: return avx2_vnni::codebook_row;
-    case Isa::AVX2: return avx2::codebook_row;
+    case Isa::AVX512_VNNI: return avx512_vnni::codebook_rows;
+    case Isa::AVX2_VNNI: return avx2_vnni::codebook_rows;
+    case Isa::AVX2: return avx2::codebook_rows;
     case Isa::SCALAR: break;
   }
-  return codebook_row_reference;
+  return codebook_rows_reference;
 }
 
-void fetch(const uint8_t* row, int64_t size) {
-  for (int64_t line = 0; line < std::min<int64_t>(LINES_AHEAD, (size + 63) / 64); ++line)
-    __builtin_prefetch(row + line * 64);
+void expect(const Tensor& tensor, OrtElement element, const Shape& shape, const char* name) {
+  tensor.as<const void>(element, name);
+  if (tensor.shape != shape) refuse(name, " has the shape ", tensor.shape.text(), ", expected ", shape.text());
 }
 
-template <typename T>
-void check_ids(const T* ids, int64_t count, int64_t V) {
+void check_ids(const int64_t* ids, int64_t count, int64_t V) {
   for (int64_t i = 0; i < count; ++i) {
     if (ids[i] < 0 || ids[i] >= V) refuse("id ", ids[i], " at place ", i, " is outside of the table of ", V, " rows");
+  }
+}
+
+void check_slots(const int16_t* slots, const int64_t* ids, int64_t count, int64_t kept) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int16_t slot = slots[ids[i]];
+    if (slot < -1 || slot >= kept)
+      refuse("slots has ", int(slot), " for row ", ids[i], ", expected -1 or a place among the ", kept, " kept rows");
   }
 }
 
@@ -53,83 +88,89 @@ void check_ids(const T* ids, int64_t count, int64_t V) {
 CodebookEmbedding::CodebookEmbedding(const Info& info)
     : isa_(chosen_isa(info.text("isa", "auto"))),
       bits_(int(info.integer("bits", 0, 1, 8))),
-      dim_(int(info.integer("dim", 1, 1, 8))),
-      stages_(int(info.integer("stages", 1, 1, 2))),
       width_(int(info.integer("width", 0, 1, MOST_CHANNELS))),
-      scale_group_(int(info.integer("scale_group", 0, 0, MOST_CHANNELS))) {
-  if (dim_ != 1 && dim_ != 2 && dim_ != 4 && dim_ != 8) refuse("dim is ", dim_, ", expected 1, 2, 4 or 8");
-  if (width_ % dim_ != 0) refuse("width is ", width_, ", expected a multiple of dim, which is ", dim_);
-  const Tensor codes = info.constant(1), codebook = info.constant(2), scales = info.constant(3);
-  if (codes) check_codes(codes);
-  if (codebook) check_codebook(codebook);
-  if (codes && scales) check_scales(scales, codes.shape[0]);
+      group_(int(info.integer("group", 0, 0, MOST_CHANNELS))) {
+  if (group_ == 0) group_ = width_;
+  if (width_ % group_ != 0) refuse("group is ", group_, ", expected a divisor of the width, which is ", width_);
+  if (info.has_input(6) != info.has_input(7)) refuse("slots and kept must be both given or both absent");
+  constants_.read([&](size_t index) { return info.constant(index); });
+  if (constants_.codes && constants_.codebook) check_codes(constants_);
+  if (constants_.codes) check_scaling(constants_);
+  if (constants_.codes) check_kept(constants_);
 }
 
-void CodebookEmbedding::check_codes(const Tensor& codes) const {
-  codes.as<const uint8_t>(ORT_UINT8, "codes");
-  if (codes.shape.rank != 2 || codes.shape[1] != row_bytes())
-    refuse("codes has the shape ", codes.shape.text(), ", expected (V, ", row_bytes(), ")");
+// The codebook, and the codes into it.
+void CodebookEmbedding::check_codes(const Inputs& in) const {
+  in.codebook.floats("codebook");
+  const Shape& book = in.codebook.shape;
+  const int64_t stages = book.rank == 3 ? book[0] : 0, dim = book.rank == 3 ? book[2] : 0;
+  const bool known = (stages == 1 || stages == 2) && (dim == 1 || dim == 2 || dim == 4 || dim == 8);
+  if (!known || book[1] != int64_t{1} << bits_)
+    refuse("codebook has the shape ", book.text(), ", expected (1 or 2, ", 1 << bits_, ", 1, 2, 4 or 8)");
+  if (width_ % dim != 0) refuse("width is ", width_, ", expected a multiple of the codebook's ", dim, " channels");
+  const int64_t V = in.codes.shape.rank == 2 ? in.codes.shape[0] : 0;
+  expect(in.codes, ORT_UINT8, {V, (stages * (width_ / dim) * bits_ + 7) / 8}, "codes");
 }
 
-void CodebookEmbedding::check_codebook(const Tensor& codebook) const {
-  codebook.floats("codebook");
-  const Shape expected{stages_, int64_t{1} << bits_, dim_};
-  if (codebook.shape != expected)
-    refuse("codebook has the shape ", codebook.shape.text(), ", expected ", expected.text());
+void CodebookEmbedding::check_scaling(const Inputs& in) const {
+  if (in.scales) expect(in.scales, ORT_FLOAT16, {in.codes.shape[0], width_ / group_}, "scales");
+  if (in.gain) expect(in.gain, ORT_FLOAT, {width_}, "gain");
+  if (in.offset) expect(in.offset, ORT_FLOAT, {width_}, "offset");
 }
 
-void CodebookEmbedding::check_scales(const Tensor& scales, int64_t V) const {
-  scales.floats("scales");
-  const Shape expected = scale_group_ ? Shape{V, scales_of_a_row()} : Shape{V};
-  if (scales.shape != expected) refuse("scales has the shape ", scales.shape.text(), ", expected ", expected.text());
+void CodebookEmbedding::check_kept(const Inputs& in) const {
+  if (in.slots) expect(in.slots, ORT_INT16, {in.codes.shape[0]}, "slots");
+  if (!in.kept) return;
+  const int64_t rows = in.kept.shape.rank == 2 ? in.kept.shape[0] : 0;
+  if (rows > MOST_KEPT) refuse("kept has ", rows, " rows, the most are ", MOST_KEPT);
+  if (in.kept.element != ORT_FLOAT && in.kept.element != ORT_FLOAT16)
+    refuse("kept has elements of type ", int(in.kept.element), ", expected float (1) or float16 (10)");
+  expect(in.kept, in.kept.element, {rows, width_}, "kept");
+}
+
+CodebookTable CodebookEmbedding::table(const Inputs& in) const {
+  CodebookTable table{};
+  table.codes = static_cast<const uint8_t*>(in.codes.data);
+  table.row_bytes = in.codes.shape[1];
+  table.end = table.codes + in.codes.shape.count();
+  table.codebook = static_cast<const float*>(in.codebook.data);
+  table.scales = static_cast<const uint16_t*>(in.scales.data);
+  table.gain = static_cast<const float*>(in.gain.data);
+  table.offset = static_cast<const float*>(in.offset.data);
+  table.slots = static_cast<const int16_t*>(in.slots.data);
+  table.kept = static_cast<const uint8_t*>(in.kept.data);
+  table.kept_halves = in.kept.element == ORT_FLOAT16;
+  table.bits = bits_;
+  table.dim = int(in.codebook.shape[2]);
+  table.stages = int(in.codebook.shape[0]);
+  table.C = width_;
+  table.group = group_;
+  return table;
 }
 
 void CodebookEmbedding::compute(Context& context) const {
-  const Tensor ids = context.input(0), codes = context.input(1), codebook = context.input(2), scales = context.input(3);
-  check_codes(codes);
-  check_codebook(codebook);
-  const int64_t V = codes.shape[0];
-  if (scales) check_scales(scales, V);
-  const int64_t count = ids.shape.count();
-  if (ids.element != ORT_INT32 && ids.element != ORT_INT64)
-    refuse("ids has elements of type ", int(ids.element), ", expected int32 (6) or int64 (7)");
-  if (ids.shape.rank == MOST_DIMS) refuse("ids has ", MOST_DIMS, " dimensions, the most are ", MOST_DIMS - 1);
-  const bool wide = ids.element == ORT_INT64;
-  if (wide) {
-    check_ids(static_cast<const int64_t*>(ids.data), count, V);
-  } else {
-    check_ids(static_cast<const int32_t*>(ids.data), count, V);
-  }
-  auto id = [&](int64_t i) {
-    return wide ? static_cast<const int64_t*>(ids.data)[i] : int64_t{static_cast<const int32_t*>(ids.data)[i]};
-  };
+  const Tensor input = context.input(0);
+  const auto* ids = input.as<const int64_t>(ORT_INT64, "ids");
+  if (input.shape.rank == MOST_DIMS) refuse("ids has ", MOST_DIMS, " dimensions, the most are ", MOST_DIMS - 1);
+  const int64_t count = input.shape.count();
+  Inputs in = constants_;
+  in.read([&](size_t index) { return context.input(index); });
+  check_codes(in);
+  check_scaling(in);
+  check_kept(in);
+  check_ids(ids, count, in.codes.shape[0]);
+  const CodebookTable table = this->table(in);
+  if (in.slots) check_slots(table.slots, ids, count, in.kept.shape[0]);
 
-  Shape shape = ids.shape;
+  Shape shape = input.shape;
   shape.dims[shape.rank++] = width_;
   float* out = context.output<float>(0, shape);
-  const uint8_t* table = static_cast<const uint8_t*>(codes.data);
-  const int64_t bytes = row_bytes(), scales_each = scales_of_a_row();
   const auto kernel = kernel_for(isa_);
-  const int64_t rows_per_task = std::max<int64_t>(1, CHANNELS_PER_TASK / width_);
-  auto task = [&](size_t index) {
-    const int64_t begin = int64_t(index) * rows_per_task, end = std::min(count, begin + rows_per_task);
-    CodebookRow row{};
-    row.end = table + V * bytes;
-    row.codebook = static_cast<const float*>(codebook.data);
-    row.bits = bits_;
-    row.dim = dim_;
-    row.stages = stages_;
-    row.C = width_;
-    row.scale_group = scale_group_ ? scale_group_ : width_;
-    for (int64_t i = begin; i < end; ++i) {
-      if (i + 1 < end) fetch(table + id(i + 1) * bytes, bytes);
-      row.codes = table + id(i) * bytes;
-      row.scales = scales ? static_cast<const float*>(scales.data) + id(i) * scales_each : nullptr;
-      row.out = out + i * width_;
-      kernel(row);
-    }
-  };
-  context.parallel(size_t((count + rows_per_task - 1) / rows_per_task), task);
+  const int64_t rows = std::max<int64_t>(1, CHANNELS_PER_TASK / width_);
+  context.parallel(size_t((count + rows - 1) / rows), [&](size_t task) {
+    const int64_t begin = int64_t(task) * rows;
+    kernel(table, ids + begin, std::min(rows, count - begin), out + begin * width_);
+  });
 }
 
 }  // namespace ryzen

@@ -42,6 +42,7 @@ enum OrtElement : int {
   ORT_FLOAT = 1,
   ORT_UINT8 = 2,
   ORT_INT8 = 3,
+  ORT_INT16 = 5,
   ORT_INT32 = 6,
   ORT_INT64 = 7,
   ORT_FLOAT16 = 10,

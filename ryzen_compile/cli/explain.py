@@ -38,7 +38,8 @@ def explain(
             typer.echo(f"\n## Native operators on this machine\n\n{_listed(claims.to_text())}")
             output.stderr().print(f"from {directory / REPORT_NAME}", markup=False)
         return
-    from ryzen_compile.api import read_calibration, read_source, rewrite
+    from ryzen_compile.api import read_source, rewrite
+    from ryzen_compile.calibration import read_calibration
     from ryzen_compile.cli.narrate import narrated
     from ryzen_compile.config import find_recipe
     from ryzen_compile.pipeline import default_passes
@@ -49,7 +50,7 @@ def explain(
         _, report = rewrite(
             source.model,
             chosen,
-            calibration=read_calibration(source, chosen, progress=progress),
+            calibration=read_calibration(source.tokenizer, chosen, progress=progress),
             given=source.quantized,
             verify=not no_verify,
             progress=progress,

@@ -24,6 +24,14 @@ def export(
         list[str] | None,
         typer.Option(help="REGEX=SETTING[,SETTING] for weights by name: '4', '8', 'block=32', 'method=mse', 'float'."),
     ] = None,
+    embedding: Annotated[
+        str | None, typer.Option(help="The table of tokens as codes: 'kmeans', or 'dkm' (trained on the text).")
+    ] = None,
+    embedding_bits: Annotated[int | None, typer.Option(help="Of a code, 1 to 8; default: 8.")] = None,
+    cluster_dim: Annotated[int | None, typer.Option(help="Weights that a code stands for: 1, 2, 4, 8.")] = None,
+    embedding_ratio: Annotated[
+        float | None, typer.Option(help="How much smaller than float32 the table is to be; chooses the others.")
+    ] = None,
     calibration: Annotated[
         str, typer.Option(help="Text for methods that look at activations: a file, a directory, or 'builtin'.")
     ] = "builtin",
@@ -51,7 +59,7 @@ def export(
     """Capture MODEL, rewrite it pass by pass under the parity gate, and write an ONNX artifact to OUT."""
     from ryzen_compile.api import export as write
     from ryzen_compile.cli.narrate import narrated
-    from ryzen_compile.config import find_recipe, parse_overrides
+    from ryzen_compile.config import embedding_settings, find_recipe, parse_overrides
     from ryzen_compile.pipeline import default_passes
     from ryzen_compile.validate.table import human_size
 
@@ -65,6 +73,7 @@ def export(
         sinks=sinks,
         target_bits=target_bits,
         overrides=parse_overrides(override) if override else None,
+        embedding=embedding_settings(embedding, bits=embedding_bits, cluster_dim=cluster_dim, ratio=embedding_ratio),
     )
     with narrated(len(default_passes(chosen)), quiet=quiet or as_json) as progress:
         report = write(

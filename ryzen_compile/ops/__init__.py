@@ -9,7 +9,7 @@ Shape letters: ``B`` batch, ``T`` new tokens, ``S`` cache capacity, ``H`` heads,
 
 from ryzen_compile.ops.activation import ACTIVATIONS, activate, activation, gated_activation
 from ryzen_compile.ops.attention import attention, cached_attention
-from ryzen_compile.ops.embedding import embedding_nbits
+from ryzen_compile.ops.embedding import codebook_embedding, embedding_nbits
 from ryzen_compile.ops.linear import gated_linear, linear_act, linear_nbits
 from ryzen_compile.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from ryzen_compile.ops.rotary import rotary
@@ -22,6 +22,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cached_attention",
+    "codebook_embedding",
     "embedding_nbits",
     "gated_activation",
     "gated_linear",

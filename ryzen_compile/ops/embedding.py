@@ -1,4 +1,4 @@
-"""Looking up rows of a table that is stored in integer blocks: only the rows asked for are decoded."""
+"""Looking up rows of a table that is stored in codes: only the rows asked for are decoded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ryzen_compile.numerics.blockwise import BlockTensor
+from ryzen_compile.numerics.codebook import CodebookFormat, CodebookTensor
 
 
 @torch.library.custom_op("ryzen::embedding_nbits", mutates_args=())
@@ -26,3 +27,45 @@ def embedding_nbits(
 @embedding_nbits.register_fake
 def _(ids: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, width: int, bits: int, block: int) -> Tensor:
     return scales.new_empty((*ids.shape, width))
+
+
+@torch.library.custom_op("ryzen::codebook_embedding", mutates_args=())
+def codebook_embedding(
+    ids: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    slots: Tensor | None,
+    kept: Tensor | None,
+    width: int,
+    bits: int,
+    group: int,
+) -> Tensor:
+    """``ids`` (...) integers, a table (V, width) as a ``CodebookTensor`` stores it; returns (..., width) float32.
+
+    ``group`` -1 stands for no scales. Raises ``UsageError`` for tensors that do not fit together, ``IndexError`` for an
+    id that is no row's and for a slot beyond the kept rows.
+    """
+    stages, _, dim = codebook.shape
+    form = CodebookFormat(bits, dim, stages, None if group == -1 else group)
+    table = CodebookTensor(form, (len(codes), width), codes, codebook, scales, gain, offset, slots, kept)
+    return table.rows(ids)
+
+
+@codebook_embedding.register_fake
+def _(
+    ids: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    scales: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    slots: Tensor | None,
+    kept: Tensor | None,
+    width: int,
+    bits: int,
+    group: int,
+) -> Tensor:
+    return codebook.new_empty((*ids.shape, width), dtype=torch.float32)

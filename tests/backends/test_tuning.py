@@ -62,7 +62,7 @@ def test_native_operators_are_chosen_like_threads() -> None:
     chosen, why = choose((none, every))
     assert (
         chosen is every
-        and why == "native attention, matmul, norm: the fastest, and nothing simpler comes within the noise"
+        and why == "native attention, embedding, matmul, norm: the fastest, and nothing simpler comes within the noise"
     )
     assert choose((NativeCandidate(KINDS, (20.0,)), none)) == (
         none,
@@ -119,12 +119,12 @@ def test_options_come_from_the_record_of_this_machine_only() -> None:
         (
             ("native",),
             {**NATIVE, "kinds": ["gemm"]},
-            "native must name kinds of native operators, attention, matmul, norm",
+            "native must name kinds of native operators, attention, embedding, matmul, norm",
         ),
         (("native",), {**NATIVE, "kinds": [["norm"]]}, "native must name kinds"),
         (("native",), {**NATIVE, "kinds": "norm"}, "native must name kinds"),
         (("native",), {**NATIVE, "reason": 1}, "native must be a text"),
-        (("native",), {**NATIVE, "candidates": []}, "native must have 1 to 8 candidates"),
+        (("native",), {**NATIVE, "candidates": []}, "native must have 1 to 16 candidates"),
         (("native",), {**NATIVE, "candidates": [{"kinds": []}]}, "native must have kinds and visits"),
         (("native",), {**NATIVE, "candidates": [{"kinds": [], "visits": [0]}]}, "native must be seconds"),
     ],

@@ -37,11 +37,7 @@ Value cache_of(const Case& c, Random& random) {
   if (c.form == Form::F32) return random.normals(dims);
   if (c.form == Form::I8) return random.integers<int8_t>(dims, 256);
   if (c.form == Form::I4) return random.integers<uint8_t>(dims, 256);
-  // Halves from 1 to 2 and -1 to -2: ten random bits behind the exponent of 1.
-  Value value = empty_tensor(ORT_FLOAT16, dims, Placement::HEAP);
-  auto* halves = reinterpret_cast<uint16_t*>(value->block->data());
-  for (int64_t i = 0; i < count(dims); ++i) halves[i] = uint16_t(0x3c00 | random.below(1024) | random.below(2) << 15);
-  return value;
+  return random.halves(dims);
 }
 
 Value scale_of(const Case& c, Random& random) {
@@ -115,12 +111,6 @@ Row query_at(const Case& c, const Node& node, int64_t b, int64_t t, int64_t head
     x = turned;
   }
   return q;
-}
-
-double half_value(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
-  return bits >> 15 ? -size : size;
 }
 
 // A stored row: what it stands for. `scale` has the token's own scales, or those of all.

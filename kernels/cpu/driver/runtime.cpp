@@ -57,6 +57,7 @@ size_t size_of(OrtElement element) {
     case ORT_FLOAT:
     case ORT_INT32: return 4;
     case ORT_INT64: return 8;
+    case ORT_INT16:
     case ORT_FLOAT16: return 2;
     default: return 1;
   }
@@ -332,6 +333,12 @@ Value empty_tensor(OrtElement element, const Dims& dims, Placement placement) {
   return std::make_shared<OrtValue>(OrtValue{element, dims, std::make_shared<Block>(size, placement)});
 }
 
+double half_value(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+  return bits >> 15 ? -size : size;
+}
+
 Value with_dims(const Value& value, const Dims& dims) {
   return std::make_shared<OrtValue>(OrtValue{value->element, dims, value->block});
 }
@@ -443,6 +450,14 @@ Value Random::normals(const Dims& dims, float scale) {
   std::vector<float> values(size_t(count(dims)));
   for (float& value : values) value = normal() * scale;
   return tensor<float>(dims, values);
+}
+
+Value Random::halves(const Dims& dims) {
+  Value value = empty_tensor(ORT_FLOAT16, dims, Placement::HEAP);
+  auto* bits = reinterpret_cast<uint16_t*>(value->block->data());
+  // Ten random bits behind the exponent of 1.
+  for (int64_t i = 0; i < count(dims); ++i) bits[i] = uint16_t(0x3c00 | below(1024) | below(2) << 15);
+  return value;
 }
 
 void register_operators() {

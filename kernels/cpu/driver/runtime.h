@@ -58,6 +58,7 @@ constexpr OrtElement element_of() {
   if constexpr (std::is_same_v<T, float>) return ORT_FLOAT;
   if constexpr (std::is_same_v<T, uint8_t>) return ORT_UINT8;
   if constexpr (std::is_same_v<T, int8_t>) return ORT_INT8;
+  if constexpr (std::is_same_v<T, int16_t>) return ORT_INT16;
   if constexpr (std::is_same_v<T, int32_t>) return ORT_INT32;
   if constexpr (std::is_same_v<T, int64_t>) return ORT_INT64;
 }
@@ -79,6 +80,9 @@ template <typename T>
 const T* data(const Value& value) {
   return reinterpret_cast<const T*>(value->block->data());
 }
+
+// What the bits of a float16 stand for.
+double half_value(uint16_t bits);
 
 // The same bytes under another shape, which may lie about them.
 Value with_dims(const Value& value, const Dims& dims);
@@ -128,6 +132,7 @@ class Random {
   int below(int bound) { return int(engine_() % uint32_t(bound)); }
   float normal() { return normal_(engine_); }
   Value normals(const Dims& dims, float scale = 1.0f);
+  Value halves(const Dims& dims);  // float16 from 1 to 2 and from -1 to -2
   template <typename T>
   Value integers(const Dims& dims, int bound) {
     std::vector<T> values(size_t(count(dims)));

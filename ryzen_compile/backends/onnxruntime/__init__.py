@@ -30,6 +30,7 @@ SUPPORTED = frozenset(
         "add_rms_norm",
         "attention",
         "cached_attention",
+        "codebook_embedding",
         "embedding_nbits",
         "gated_activation",
         "gated_linear",

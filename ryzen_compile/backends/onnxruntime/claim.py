@@ -14,28 +14,11 @@ from math import prod
 import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
-from ryzen_compile.backends.onnxruntime.claim_report import KINDS, NATIVE, ClaimReport
+from ryzen_compile.backends.onnxruntime.claim_lookup import claim_lookup, reads_codes
+from ryzen_compile.backends.onnxruntime.claim_report import KIND_OF, KINDS, NATIVE, STOCK_ROWS, ClaimReport
 from ryzen_compile.backends.onnxruntime.model_index import ModelIndex
-from ryzen_compile.backends.onnxruntime.node_facts import (
-    CONTRIB,
-    activation_of,
-    attributes_of,
-    gated_activation,
-    operator_of,
-)
+from ryzen_compile.backends.onnxruntime.node_facts import activation_of, attributes_of, gated_activation, operator_of
 
-KIND_OF: dict[tuple[str, str], str] = {
-    (CONTRIB, "MatMulNBits"): "matmul",
-    (CONTRIB, "GroupQueryAttention"): "attention",
-    ("", "SimplifiedLayerNormalization"): "norm",
-    ("", "LayerNormalization"): "norm",
-    (CONTRIB, "SkipSimplifiedLayerNormalization"): "norm",
-    (CONTRIB, "SkipLayerNormalization"): "norm",
-}
-# Operators of ONNX Runtime that compute a row in another way when it is alone.
-STOCK_ROWS = frozenset(
-    ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MatMulIntegerToFloat", "MatMulInteger", "GroupQueryAttention")
-)
 STEPS = 7  # our MatMulNBits' input of that name
 RESIDUAL = 6
 BLOCKS = (32, 64, 128, 256)
@@ -64,14 +47,13 @@ def claim(model: ModelProto, *, kinds: frozenset[str] = KINDS, isa: str = "auto"
     if unknown := kinds - KINDS:
         raise ValueError(f"kinds of native operators are {', '.join(sorted(KINDS))}, got {sorted(unknown)}")
     work = _Claim(model)
-    rules = {"matmul": work.matmul, "attention": work.attention, "norm": work.norm}
     # Norms last: whether one may round depends on who its readers have become.
-    for kind in ("matmul", "attention", "norm"):
-        for index, node in enumerate(model.graph.node):
-            if KIND_OF.get(operator_of(node)) == kind:
-                why = rules[kind](index) if kind in kinds else "switched off"
-                if why:
-                    work.left[index] = why
+    rules = {"embedding": work.embedding, "matmul": work.matmul, "attention": work.attention, "norm": work.norm}
+    for kind, rule in rules.items():
+        for index in work.of_kind(kind):
+            why = rule(index) if kind in kinds else "switched off"
+            if why:
+                work.left[index] = why
     return work.result(isa)
 
 
@@ -88,11 +70,28 @@ class _Claim:
         self.fused: dict[str, int] = {}
         self.products: dict[int, NodeProto] = {}  # our MatMulNBits by the place of the node that each stands for
         # A standard operator's name calls that operator, whatever function the model defines under it.
-        self.gates = {
-            (f.domain, f.name, f.overload): gated_activation(f) for f in model.functions if f.domain == NATIVE
-        }
+        self.functions = {(f.domain, f.name, f.overload): f for f in model.functions if f.domain == NATIVE}
+        self.gates = {key: gated_activation(function) for key, function in self.functions.items()}
+        self.kinds = {place: kind for place, node in enumerate(self.nodes) if (kind := self._kind(node))}
+
+    def of_kind(self, kind: str) -> list[int]:
+        """The places of all nodes of one kind."""
+        return [place for place, its_kind in self.kinds.items() if its_kind == kind]
+
+    def _kind(self, node: NodeProto) -> str:
+        if _called(node) in self.functions:
+            return "embedding" if reads_codes(node, self.index) else ""
+        return KIND_OF.get(operator_of(node), "")
 
     # --- one rule a kind: replaces the node at ``index``, or says why not
+
+    def embedding(self, index: int) -> str:
+        node = self.nodes[index]
+        made = claim_lookup(node, self.functions[_called(node)], self.index)
+        if isinstance(made, str):
+            return made
+        self.made[index] = made
+        return ""
 
     def matmul(self, index: int) -> str:
         node = self.nodes[index]
@@ -129,7 +128,7 @@ class _Claim:
         if place is None or place in self.gone or len(self.nodes[place].output) != 1:
             return index
         reader = self.nodes[place]
-        act, gate = activation_of(reader), self.gates.get((*operator_of(reader), reader.overload))
+        act, gate = activation_of(reader), self.gates.get(_called(reader))
         even = attributes_of(made)["N"] % 2 == 0
         if gate is not None and even:
             made.attribute.extend((_attribute("gated", 1), _attribute("activation", gate)))
@@ -271,11 +270,15 @@ class _Claim:
         for node in self.made.values():
             claimed[node.op_type] = claimed.get(node.op_type, 0) + 1
         left = tuple((self.nodes[i].name or f"node {i}", why) for i, why in sorted(self.left.items()))
-        kinds = {KIND_OF.get(operator_of(node)) for node in self.nodes} - {None}
-        missed = {KIND_OF[operator_of(self.nodes[i])] for i in self.left}
+        missed = {self.kinds[i] for i in self.left}
         inside = (node for function in self.model.functions for node in function.node)
         alike = not any(node.domain != NATIVE and node.op_type in STOCK_ROWS for node in (*kept, *inside))
-        return ClaimReport(claimed, left, self.fused, frozenset(k for k in kinds if k) - missed, alike)
+        return ClaimReport(claimed, left, self.fused, frozenset(self.kinds.values()) - missed, alike)
+
+
+def _called(node: NodeProto) -> tuple[str, str, str]:
+    """Domain, name and overload of the function that a node calls, if there is such a one."""
+    return (*operator_of(node), node.overload)
 
 
 def _attribute(name: str, value: int | str) -> AttributeProto:

@@ -27,7 +27,8 @@ ATTRIBUTE_TYPES = {
     "str": OpSchema.AttrType.STRING,
 }
 TENSOR_TYPES = [
-    f"tensor({name})" for name in ("float", "float16", "bfloat16", "double", "int64", "int32", "int8", "uint8", "bool")
+    f"tensor({name})"
+    for name in ("float", "float16", "bfloat16", "double", "int64", "int32", "int16", "int8", "uint8", "bool")
 ]
 SCHEMAS: dict[str, torch.FunctionSchema] = {
     name: (torch.ops.aten.linear.default if name == "linear" else getattr(ops, name)._opoverload)._schema

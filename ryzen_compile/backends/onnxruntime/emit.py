@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ryzen_compile.backends.onnxruntime.node_facts import OPSET
+
 CONTRIB = "com.microsoft"
 LOCAL = "ryzen"  # domain of our model-local functions, and of the dialect's nodes before they are lowered
 
@@ -99,6 +101,3 @@ def _function(name: str, body: Callable[..., tuple[ir.Value, ...]], arity: int) 
     imports = {"": OPSET, CONTRIB: 1}
     graph = ir.Graph(parameters, results, nodes=emitter.nodes, name=name, opset_imports=imports)
     return ir.Function(LOCAL, name, graph=graph, attributes=[])
-
-
-OPSET = 21

@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 from ryzen_compile.backends.onnxruntime import cleanup, fold
 from ryzen_compile.backends.onnxruntime.attention import padded_head_dim
 from ryzen_compile.backends.onnxruntime.dialect import attributes_of, tensor_arity, translation_table
-from ryzen_compile.backends.onnxruntime.emit import CONTRIB, LOCAL, OPSET, Emitter, LoweringOptions
+from ryzen_compile.backends.onnxruntime.emit import CONTRIB, LOCAL, Emitter, LoweringOptions
+from ryzen_compile.backends.onnxruntime.node_facts import OPSET
 from ryzen_compile.backends.onnxruntime.rules import RULES
 from ryzen_compile.errors import UnsupportedError, UsageError
 from ryzen_compile.numerics.rows import RowFormat

@@ -7,6 +7,7 @@ from typing import Any
 from onnx import AttributeProto, FunctionProto, NodeProto
 
 CONTRIB = "com.microsoft"
+OPSET = 21  # the version of the standard operators in what we write
 PLAIN_ACTIVATIONS = {
     (CONTRIB, "FastGelu"): "gelu_tanh",
     (CONTRIB, "Gelu"): "gelu",

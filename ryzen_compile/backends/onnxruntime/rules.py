@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.backends.onnxruntime.attention import attention, cached_attention, rotary
+from ryzen_compile.backends.onnxruntime.codebook_lookup import codebook_embedding
 from ryzen_compile.backends.onnxruntime.emit import CONTRIB, Emitter
 from ryzen_compile.backends.onnxruntime.functions import activation, gated_act
 from ryzen_compile.backends.onnxruntime.integer import embedding_nbits, linear_nbits
@@ -76,6 +77,7 @@ RULES: dict[str, Callable[..., Values]] = {
     "add_rms_norm": add_rms_norm,
     "attention": attention,
     "cached_attention": cached_attention,
+    "codebook_embedding": codebook_embedding,
     "embedding_nbits": embedding_nbits,
     "gated_activation": gated_activation,
     "gated_linear": gated_linear,

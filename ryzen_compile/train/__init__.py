@@ -1,0 +1,1 @@
+"""Training what compression has made coarse, with the model's own predictions as the teacher."""
