@@ -100,7 +100,7 @@ class _Trained(nn.Module):
         self.kept = nn.Parameter(torch.empty(0, width) if start.kept is None else start.kept.float())
         spread = self._spread(scales.clamp(min=SMALLEST_SCALE)) * self.gain.detach()
         self.weights = nn.Parameter((table.float() - self.offset.detach()) / spread)
-        self.layers = nn.ModuleList(DKMLayer(book.clone(), temperature=1.0, iterations=0) for book in start.codebook)
+        self.layers = nn.ModuleList(DKMLayer(book, temperature=1.0, iterations=0) for book in start.codebook)
         self.error = self._start_error()
 
     def parameter_groups(self) -> list[dict[str, object]]:
@@ -138,9 +138,10 @@ class _Trained(nn.Module):
         """The table with every vector at its nearest entry; each stage codes what the one before left."""
         form, (rows, width) = self.start.format, self.start.shape
         codes = torch.empty(rows, form.stages, form.codes(width), dtype=torch.uint8)
-        left = self.weights.reshape(-1, form.dim)
+        left, books = self.weights.reshape(-1, form.dim), []
         for stage, layer in enumerate(self.layers):
             chosen, book = layer.harden(left)
+            books.append(book)
             codes[:, stage] = chosen.reshape(rows, -1).to(torch.uint8)
             left = left - book[chosen.long()]
         stored = self.start.tensors
@@ -153,7 +154,7 @@ class _Trained(nn.Module):
         return replace(
             self.start,
             codes=pack_codes(codes.flatten(1), form.bits),
-            codebook=torch.stack([layer.centroids.detach().float() for layer in self.layers]),
+            codebook=torch.stack(books),
             **{name: value for name, value in new.items() if name in stored},
         )
 
@@ -195,11 +196,13 @@ def _train(
             group["lr"] = group["rate"] * _rate(step, settings.steps)
         loss = _loss(model, table, trained, windows[order[step]])
         if not torch.isfinite(loss):
-            raise NumericalError(f"the loss is {float(loss)} at step {step}", hint="fewer steps, or method 'kmeans'")
+            raise NumericalError(f"the loss is {loss.item()} at step {step}", hint="fewer steps, or method 'kmeans'")
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
+    if progress is not None:
+        progress(1.0)
 
 
 def _loss(model: nn.Module, table: Tensor, trained: _Trained, ids: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ square of its scale and gain, times the weight of its row.
 
 *   scales, in closed form for the codes, rounded to float16, then codes again for the rounded scales;
 *   the codebook, in closed form for codes and scales. Two stages are solved for together (additive quantization,
-    Babenko & Lempitsky, 2014), and their codes are the best of a beam: the ``BEAM`` nearest entries of the first stage, each
-    with its nearest of the second. Measured on Gaussian vectors of 4 weights in two codes of 8 bits: the nearest of
-    each stage 20.0 dB, the beam 20.9, both 21.1.
+    Babenko & Lempitsky, 2014), and their codes are the best of a beam: the ``BEAM`` nearest entries of the first stage,
+    each with its nearest of the second. Measured on Gaussian vectors of 4 weights in two codes of 8 bits: the nearest
+    of each stage 20.0 dB, the beam 20.9, both 21.1.
 
-The last turn of the codebook sees the whole table. Rows are independent once the codebook stands, so they are read in
-chunks; besides the table and its result, what is held at a time depends on ``SAMPLE`` and not on the table.
+The last turn of the codebook sees the whole table; on a line, where a few weights far out decide the error of 8 bits,
+k-means runs on a histogram of all weights. Rows are independent once the codebook stands, so they are read in chunks:
+what is held besides the table and its result does not grow with the table.
 """
 
 from __future__ import annotations
@@ -32,16 +33,17 @@ from ryzen_compile.numerics.codebook import CodebookFormat, CodebookTensor
 from ryzen_compile.numerics.search.kmeans import closeness, kmeans, nearest, spread
 
 SAMPLE = 1 << 18  # vectors that a codebook is learned from
-SAMPLE_ON_A_LINE = 1 << 20  # the same for single weights, where k-means is cheap
 TRIAL = 1 << 15  # vectors that choose between transforms
 ROUNDS = 5  # of Lloyd when codebook and scales are fitted in turns
-WORTH_IT = 1e-2  # fall of the error, 0.04 dB, for which a transform is stored: two starts of k-means differ by as much
+CHANCE = 3e-3  # fall of the error, 0.013 dB, by which a transform must be better: starts of k-means differ by as much
 BEAM = 8  # 16 give 0.1 dB more for twice the time
+NARROW_BEAM = 2  # for codes that only a first guess of the scales is made with
+BINS = 1 << 16  # of the histogram of all weights: some 256 to a cell of 8 bits
 BEAM_SCORES = 1 << 21  # of vectors with entries at a time
 CHUNK = 1 << 18  # weights of a table encoded at a time
 # A group as short as this has scales better than the one that fits its size; these multiples of it are tried.
 SHORT_GROUP = 128
-WIDTHS = (1.0, 0.85, 1.15)
+WIDTHS = (0.85, 1.15)
 HIGHEST_SCALE = torch.finfo(torch.float16).max
 DAMPING = 1e-6  # of the joint codebooks, which may exchange a vector: towards what they were
 Progress = Callable[[float], None]
@@ -81,6 +83,7 @@ def fit_codebook(
     say = progress or _unheard
     say(0.0)
     if not source.total:
+        say(1.0)
         return _nothing_coded(source, form)
     model = _best_transform(source, form, settings)
     say(0.1)
@@ -109,6 +112,8 @@ class _Source:
         keep = torch.empty(0, dtype=torch.int64, device=device)
         if settings.keep is not None:
             keep = _checked_ids(settings.keep.to(device), rows)
+        if not isinstance(settings.rounds, int) or settings.rounds < 0:
+            raise UsageError(f"rounds must be 0 or more, got {settings.rounds!r}")
         if settings.keep_dtype not in (torch.float16, torch.float32):
             raise UsageError(f"kept rows are stored in float16 or float32, got {settings.keep_dtype}")
         weights[keep] = 0
@@ -198,7 +203,7 @@ def _transforms(source: _Source, form: CodebookFormat, settings: FitSettings) ->
 
 
 def _best_transform(source: _Source, form: CodebookFormat, settings: FitSettings) -> _Model:
-    """The one that serves a small sample of rows best; among equals, the one that stores least."""
+    """The one that serves a small sample of rows best, for its bytes: a bit of all weights quarters the error."""
     models = _transforms(source, form, settings)
     if len(models) == 1:
         return models[0]
@@ -206,8 +211,9 @@ def _best_transform(source: _Source, form: CodebookFormat, settings: FitSettings
     best, least = models[0], math.inf
     for model in models:
         tried = _started(model, rows, weights, ROUNDS, settings.seed)
-        error = _table_error(tried, rows, weights)
-        if error < least * (1 - WORTH_IT):
+        bits = 32 * (model.centred + model.by_channel) / len(source.table)  # of each weight
+        error = _table_error(tried, rows, weights) * 4**bits
+        if error < least * (1 - CHANCE):
             best, least = model, error
     return best
 
@@ -216,21 +222,19 @@ def _best_transform(source: _Source, form: CodebookFormat, settings: FitSettings
 
 
 def _learned(source: _Source, model: _Model, settings: FitSettings, say: Progress) -> _Model:
-    sample = SAMPLE_ON_A_LINE if model.form.dim == 1 else SAMPLE
-    rows, weights = source.sample(sample, model.form.dim, settings.seed)
+    rows, weights = source.sample(SAMPLE, model.form.dim, settings.seed)
     model = _started(model, rows, weights, 25, settings.seed)
     say(0.5)
-    error, scales = math.inf, None
-    for done in range(settings.rounds):
-        codes, scales, after = _encode(model, rows, weights, scales)
-        if after >= error:
+    best, least, scales = model, math.inf, None
+    for done in range(settings.rounds + 1):
+        codes, scales, error = _encode(model, rows, weights, scales)
+        if error >= least:
             break
-        best, error = model, after
-        model = _refitted(model, rows, weights, codes, scales)
-        say(0.5 + 0.5 * (done + 1) / settings.rounds)
-    if settings.rounds and _encode(model, rows, weights, scales)[2] >= error:
-        model = best
-    return model
+        best, least = model, error
+        if done < settings.rounds:
+            model = _refitted(model, rows, weights, codes, scales)
+            say(0.5 + 0.5 * (done + 1) / settings.rounds)
+    return best
 
 
 def _started(model: _Model, rows: Tensor, weights: Tensor, iterations: int, seed: int) -> _Model:
@@ -313,6 +317,33 @@ class _Sums:
         return found.sort(1).values if self.stages == 1 and found.shape[2] == 1 else found
 
 
+class _Histogram:
+    """All single weights over their scales, in bins that are finer towards 0: with k-means, a codebook for them.
+
+    ``mass`` and ``total`` (``BINS``,) float64 of what fell into a bin, so that only the borders of cells are rounded.
+    """
+
+    def __init__(self, model: _Model) -> None:
+        self.mass = torch.zeros(BINS, dtype=torch.float64, device=model.codebook.device)
+        self.total = torch.zeros_like(self.mass)
+
+    def add(self, model: _Model, rows: Tensor, weights: Tensor, _: Tensor, scales: Tensor) -> None:
+        points = model.points(rows)
+        values = _divided(points, scales).reshape(-1)
+        counts = _counts(model, points, scales, weights)[:, 0].double()
+        bins = (values / (1 + values.abs())).add_(1).mul_(BINS / 2).int().clamp_(0, BINS - 1)
+        self.mass += torch.bincount(bins, counts, BINS)
+        self.total += torch.bincount(bins, counts.mul_(values), BINS)
+
+    def solved(self, before: Tensor) -> Tensor:
+        used = self.mass > 0
+        if not used.any():
+            return before
+        mass = self.mass[used]
+        means = (self.total[used] / mass).float()
+        return kmeans(means[:, None], before.shape[1], weights=(mass / mass.mean()).float())[None]
+
+
 # --- codes and scales -------------------------------------------------------------------------------------------------
 
 
@@ -337,49 +368,55 @@ def _encode_chunk(model: _Model, rows: Tensor, scales: Tensor | None) -> tuple[T
     """(codes, scales, squared errors (R, G)), of each group the best of what was tried."""
     points = model.points(rows)
     if model.form.group is None:
-        best = _Tried(model, points, _sizes(model, points))
-    elif scales is not None:
-        best = _Tried(model, points, scales)
+        best = _Tried(model, points, _sizes(model, points), BEAM)
     else:
-        size = _halved(_sizes(model, points))
-        best = _Tried(model, points, size)
-        for width in WIDTHS[1:] if points.shape[2] <= SHORT_GROUP else ():
-            best.take_better(_Tried(model, points, _halved(size * width)))
-    if model.form.group is not None:
-        best.take_better(_Tried(model, points, best.fitted()))
+        best = _Tried(model, points, _guessed(model, points) if scales is None else scales, BEAM)
+        best.take_better_scales()
     return best.codes.to(torch.uint8), best.scales, best.errors
 
 
-class _Tried:
-    """The best codes of ``points`` (R, G, group) for given ``scales`` (R, G)."""
+def _guessed(model: _Model, points: Tensor) -> Tensor:
+    """Scales (R, G): fitted to the codes for the sizes of the groups; for short groups, the best of several such."""
+    size = _halved(_sizes(model, points))
+    best = _Tried(model, points, size, NARROW_BEAM)
+    best.take_better_scales()
+    for width in WIDTHS if points.shape[2] <= SHORT_GROUP else ():
+        other = _Tried(model, points, _halved(size * width), NARROW_BEAM)
+        other.take_better_scales()
+        better = other.errors < best.errors
+        best.scales = torch.where(better, other.scales, best.scales)
+        best.errors = torch.where(better, other.errors, best.errors)
+    return best.scales
 
-    def __init__(self, model: _Model, points: Tensor, scales: Tensor) -> None:
+
+class _Tried:
+    """The best codes of ``points`` (R, G, group) for given ``scales`` (R, G), and their squared ``errors`` (R, G)."""
+
+    def __init__(self, model: _Model, points: Tensor, scales: Tensor, beam: int) -> None:
         self.points, self.scales = points, scales
         self.importance = model.grouped_importance(points)
         rows, form = len(points), model.form
         vectors = _divided(points, scales).reshape(-1, form.dim)
-        codes = _codes(model, vectors, model.vector_importance(rows))
+        codes = _codes(model, vectors, model.vector_importance(rows), beam)
         self.values = model.values(codes).view(points.shape)
         self.codes = codes.view(rows, -1, form.stages).transpose(1, 2)
-        self.errors = (self.values * scales[..., None]).sub_(points).square_().mul_(self.importance).sum(-1)
+        self.errors = self._errors(scales)
 
-    def fitted(self) -> Tensor:
-        """(R, G): the scales of the least error for these codes, as float16 holds them."""
+    def take_better_scales(self) -> None:
+        """The scales of the least error for these codes, as float16 holds them, wherever that helps."""
         heavy = self.values * self.importance
         match, size = (heavy * self.points).sum(-1), (heavy * self.values).sum(-1)
-        return _halved(torch.where(size > 0, match / size, self.scales))
+        fitted = _halved(torch.where(size > 0, match / size, self.scales))
+        errors = self._errors(fitted)
+        better = errors < self.errors
+        self.scales = torch.where(better, fitted, self.scales)
+        self.errors = torch.where(better, errors, self.errors)
 
-    def take_better(self, other: _Tried) -> None:
-        better = other.errors < self.errors
-        self.scales = torch.where(better, other.scales, self.scales)
-        self.errors = torch.where(better, other.errors, self.errors)
-        self.values = torch.where(better[..., None], other.values, self.values)
-        groups = better.shape[1]
-        mine, others = self.codes.unflatten(2, (groups, -1)), other.codes.unflatten(2, (groups, -1))
-        self.codes = torch.where(better[:, None, :, None], others, mine).flatten(2)
+    def _errors(self, scales: Tensor) -> Tensor:
+        return (self.values * scales[..., None]).sub_(self.points).square_().mul_(self.importance).sum(-1)
 
 
-def _codes(model: _Model, vectors: Tensor, importance: Tensor | None) -> Tensor:
+def _codes(model: _Model, vectors: Tensor, importance: Tensor | None, beam: int) -> Tensor:
     """``vectors`` (N, dim) -> (N, stages) integers."""
     if model.form.stages == 1:
         return nearest(vectors, model.codebook[0], importance)[:, None]
@@ -387,13 +424,13 @@ def _codes(model: _Model, vectors: Tensor, importance: Tensor | None) -> Tensor:
     step = max(1, BEAM_SCORES // model.form.entries)
     for start in range(0, len(vectors), step):
         part = slice(start, start + step)
-        codes[part] = _beam(model.codebook, vectors[part], None if importance is None else importance[part])
+        codes[part] = _beam(model.codebook, vectors[part], None if importance is None else importance[part], beam)
     return codes
 
 
-def _beam(codebook: Tensor, vectors: Tensor, importance: Tensor | None) -> Tensor:
+def _beam(codebook: Tensor, vectors: Tensor, importance: Tensor | None, beam: int) -> Tensor:
     first, second = codebook
-    firsts = closeness(vectors, first, importance).topk(min(BEAM, len(first)), 1).indices
+    firsts = closeness(vectors, first, importance).topk(min(beam, len(first)), 1).indices
     least = vectors.new_full((len(vectors),), torch.inf)
     best = torch.zeros(len(vectors), 2, dtype=torch.int32, device=vectors.device)
     for candidate in firsts.int().T:
@@ -444,21 +481,23 @@ def _table_error(model: _Model, rows: Tensor, weights: Tensor) -> float:
 
 
 def _encoded(source: _Source, model: _Model, say: Progress) -> CodebookTensor:
-    """Once through the table for the codebook, once for the codes."""
+    """Once through the table for the codebook (twice for single weights, which is cheap), once for the codes."""
     form, (rows, width) = model.form, source.table.shape
     codes = torch.empty(rows, form.stages, form.codes(width), dtype=torch.uint8, device=source.table.device)
     scales = torch.empty(rows, max(1, form.groups(width)), device=source.table.device)
-    sums = _Sums(model)
-    for start, stop in _chunks(source.table):
-        part = slice(start, stop)
-        codes[part], scales[part], _ = _encode(model, source.table[part], source.weights[part])
-        sums.add(model, source.table[part], source.weights[part], codes[part], scales[part])
-        say(0.4 + 0.3 * stop / rows)
-    model = replace(model, codebook=sums.solved(model.codebook))
-    for start, stop in _chunks(source.table):
-        part = slice(start, stop)
-        codes[part], scales[part], _ = _encode(model, source.table[part], source.weights[part], scales[part])
-        say(0.7 + 0.3 * stop / rows)
+    line = form.dim == form.stages == 1
+    turns = 2 if line else 1
+    for turn in range(turns + 1):
+        sums = _Histogram(model) if line else _Sums(model)
+        for start, stop in _chunks(source.table):
+            part = slice(start, stop)
+            known = scales[part] if turn else None
+            codes[part], scales[part], _ = _encode(model, source.table[part], source.weights[part], known)
+            if turn < turns:
+                sums.add(model, source.table[part], source.weights[part], codes[part], scales[part])
+            say(0.4 + 0.6 * (turn + stop / rows) / (turns + 1))
+        if turn < turns:
+            model = replace(model, codebook=sums.solved(model.codebook))
     codes[source.keep], scales[source.keep] = 0, 0
     return _stored(source, model, codes, scales)
 

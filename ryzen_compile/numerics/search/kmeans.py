@@ -66,14 +66,12 @@ def kmeans(
 def nearest(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
     """``points`` (N, d), ``centroids`` (k, d) -> (N,) int32, the one of the least error; of equal ones the first.
 
-    ``weights`` (N, d) of each coordinate, or (N, 1), which decide nothing. On a line ``centroids`` must be in rising
-    order.
+    ``weights`` (N, d) of each coordinate, or (N, 1), which decide nothing.
     """
     codes = torch.empty(len(points), dtype=torch.int32, device=points.device)
     centroids = centroids.float()
     if points.shape[1] == 1:
-        values = centroids[:, 0]
-        return torch.bucketize(points[:, 0].float(), (values[1:] + values[:-1]) / 2, out_int32=True)
+        return _nearest_on_a_line(points[:, 0].float(), centroids[:, 0])
     step = max(1, SCORES // len(centroids))
     for first in range(0, len(points), step):
         part = slice(first, first + step)
@@ -182,6 +180,14 @@ def _errors(points: Tensor, centroids: Tensor, weights: Tensor | None) -> Tensor
 
 
 # --- on a line --------------------------------------------------------------------------------------------------------
+
+
+def _nearest_on_a_line(values: Tensor, centroids: Tensor) -> Tensor:
+    """``values`` (N,), ``centroids`` (k,) in any order -> (N,) int32."""
+    rising, order = centroids.sort(stable=True)
+    codes = torch.bucketize(values, (rising[1:] + rising[:-1]) / 2, out_int32=True)
+    in_order = bool((order.diff() > 0).all())
+    return codes if in_order else order.int().index_select(0, codes)
 
 
 def _on_a_line(

@@ -1,0 +1,117 @@
+"""Training a table of codes: what moves, what must not, and that predictions come nearer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ryzen_compile.errors import NumericalError, UsageError
+from ryzen_compile.numerics.codebook import CodebookFormat, CodebookTensor
+from ryzen_compile.numerics.search.codebook_fit import FitSettings, fit_codebook
+from ryzen_compile.train import dkm_finetune as module
+from ryzen_compile.train.dkm_finetune import FEWEST_WINDOWS, FinetuneSettings, dkm_finetune
+from tests.zoo import VOCAB, NanoDecoder, randomize
+
+WINDOWS = torch.randint(VOCAB, (40, 24), generator=torch.Generator().manual_seed(1))
+NAME = "wte.weight"
+
+
+def decoder() -> nn.Module:
+    torch.manual_seed(0)
+    model = NanoDecoder(width=32)
+    randomize(model)
+    return model
+
+
+def start(model: nn.Module, form: CodebookFormat, keep: Tensor | None = None) -> CodebookTensor:
+    return fit_codebook(dict(model.named_parameters())[NAME].detach(), form, FitSettings(keep=keep))
+
+
+FORMS = {
+    "vectors, a scale a row": CodebookFormat(4, 4),
+    "single weights, groups": CodebookFormat(1, 1, group=16),
+    "two stages": CodebookFormat(2, 4, 2),
+    "no scales": CodebookFormat(4, 4, group=None),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_training_brings_predictions_nearer_on_other_text(form: str) -> None:
+    """A coarse table, 40 steps: at least a tenth nearer, where the divergence is measured on windows not trained on."""
+    model = decoder()
+    before = start(model, FORMS[form], keep=torch.tensor([5, 17]))
+    result = dkm_finetune(model, NAME, before, WINDOWS, FinetuneSettings(40))
+    assert result.kl_after < 0.9 * result.kl_before
+    assert result.table is not before
+    assert result.table.shape == before.shape and result.table.nbytes == before.nbytes
+    assert set(result.table.tensors) == set(before.tensors)
+    assert all(result.table.tensors[n].dtype == t.dtype for n, t in before.tensors.items())
+    assert torch.equal(result.table.slots, before.slots)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = decoder()
+    model.train()
+    model.blocks[0].eval()
+    state = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    dkm_finetune(model, NAME, start(model, CodebookFormat(4, 4)), WINDOWS, FinetuneSettings(2))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_same_arguments_give_the_same_table() -> None:
+    model = decoder()
+    first, second = (
+        dkm_finetune(model, NAME, start(model, CodebookFormat(3, 2)), WINDOWS, FinetuneSettings(6)) for _ in range(2)
+    )
+    assert first.kl_after == second.kl_after
+    assert all(torch.equal(t, second.table.tensors[n]) for n, t in first.table.tensors.items())
+
+
+def test_what_training_made_worse_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates a thousand times too high: the table that it started from comes back."""
+    monkeypatch.setattr(module, "RATES", {name: 1000 * rate for name, rate in module.RATES.items()})
+    model = decoder()
+    before = start(model, CodebookFormat(8, 2))
+    result = dkm_finetune(model, NAME, before, WINDOWS, FinetuneSettings(3))
+    assert result.kl_after >= result.kl_before and result.table is before
+
+
+def test_progress_rises_to_one() -> None:
+    heard: list[float] = []
+    model = decoder()
+    dkm_finetune(model, NAME, start(model, CodebookFormat(4, 4)), WINDOWS, FinetuneSettings(3), heard.append)
+    assert heard == sorted(heard) and heard[-1] == 1 and len(heard) == 4
+
+
+def test_refusals() -> None:
+    model = decoder()
+    table = start(model, CodebookFormat(4, 4))
+    with pytest.raises(UsageError, match="no parameter 'table'"):
+        dkm_finetune(model, "table", table, WINDOWS)
+    with pytest.raises(UsageError, match=r"is \(160, 32\), the compressed table \(99, 32\)"):
+        dkm_finetune(model, "wpe.weight", table, WINDOWS)
+    with pytest.raises(UsageError, match="too few to train on"):
+        dkm_finetune(model, NAME, table, WINDOWS[: FEWEST_WINDOWS - 1])
+
+
+def test_a_model_that_overflows_is_named() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = decoder()
+            self.calls = 0
+
+        def forward(self, ids: Tensor) -> Tensor:
+            self.calls += 1
+            return self.inner(ids) * (float("nan") if self.calls > 20 else 1)
+
+    model = Broken()
+    table = start(model.inner, CodebookFormat(4, 4))
+    with pytest.raises(NumericalError, match="the loss is nan at step"):
+        dkm_finetune(model, f"inner.{NAME}", table, WINDOWS, FinetuneSettings(30))
