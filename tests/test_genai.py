@@ -133,6 +133,20 @@ def test_integer_weights_run_unchanged(tmp_path: Path, tmp_path_factory: pytest.
             assert genai_tokens(theirs, ids) == ours, length
 
 
+@pytest.mark.parametrize("bits", [8, 6])
+def test_a_table_of_codes_runs_unchanged(bits: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Codes of whole bytes and across bytes: standard operators decode the rows that are looked up."""
+    out = tmp_path / "codes"
+    settings = {"method": "kmeans", "bits": bits, "keep": 0.05, "max_kl": 20.0}
+    export(shared_model(tmp_path_factory, "llama"), out, find_recipe("fp32", embedding=settings))
+    theirs = genai.Model(str(out))
+    with ryzen_compile.load(out, native=False) as model:
+        for length, ids in PROMPTS.items():
+            ours = model.generate(ids, max_new_tokens=NEW)[0, length:].tolist()
+            assert 2 not in ours and len(set(ours)) > 3
+            assert genai_tokens(theirs, ids) == ours, length
+
+
 def test_positions_are_an_input_only_where_they_are_read(artifact: Path) -> None:
     declared = json.loads((artifact / "genai_config.json").read_text())["model"]["decoder"]["inputs"]
     session = onnxruntime.InferenceSession(str(artifact / "model.onnx"), providers=["CPUExecutionProvider"])

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t MOST_CHANNELS = int64_t{1} << 20;
 constexpr int64_t MOST_KEPT = 32767;
+constexpr size_t MOST_ID_DIMS = MOST_DIMS - 1;  // the output has one more
 constexpr int64_t CHANNELS_PER_TASK = 1 << 14;
 
 // The same in plain C++, in three functions.
@@ -78,8 +79,8 @@ void check_ids(const int64_t* ids, int64_t count, int64_t V) {
 void check_slots(const int16_t* slots, const int64_t* ids, int64_t count, int64_t kept) {
   for (int64_t i = 0; i < count; ++i) {
     const int16_t slot = slots[ids[i]];
-    if (slot < -1 || slot >= kept)
-      refuse("slots has ", int(slot), " for row ", ids[i], ", expected -1 or a place among the ", kept, " kept rows");
+    if (slot >= kept)
+      refuse("slots has ", int(slot), " for row ", ids[i], ", expected a place among the ", kept, " kept rows or -1");
   }
 }
 
@@ -94,9 +95,16 @@ CodebookEmbedding::CodebookEmbedding(const Info& info)
   if (width_ % group_ != 0) refuse("group is ", group_, ", expected a divisor of the width, which is ", width_);
   if (info.has_input(6) != info.has_input(7)) refuse("slots and kept must be both given or both absent");
   constants_.read([&](size_t index) { return info.constant(index); });
-  if (constants_.codes && constants_.codebook) check_codes(constants_);
-  if (constants_.codes) check_scaling(constants_);
-  if (constants_.codes) check_kept(constants_);
+  if (!constants_.codes) return;
+  check_rank(constants_);
+  if (constants_.codebook) check_codes(constants_);
+  check_scaling(constants_);
+  check_kept(constants_);
+}
+
+// Whether there are rows to be counted, as all other checks do.
+void CodebookEmbedding::check_rank(const Inputs& in) const {
+  if (in.codes.shape.rank != 2) refuse("codes has the shape ", in.codes.shape.text(), ", expected two dimensions");
 }
 
 // The codebook, and the codes into it.
@@ -108,8 +116,7 @@ void CodebookEmbedding::check_codes(const Inputs& in) const {
   if (!known || book[1] != int64_t{1} << bits_)
     refuse("codebook has the shape ", book.text(), ", expected (1 or 2, ", 1 << bits_, ", 1, 2, 4 or 8)");
   if (width_ % dim != 0) refuse("width is ", width_, ", expected a multiple of the codebook's ", dim, " channels");
-  const int64_t V = in.codes.shape.rank == 2 ? in.codes.shape[0] : 0;
-  expect(in.codes, ORT_UINT8, {V, (stages * (width_ / dim) * bits_ + 7) / 8}, "codes");
+  expect(in.codes, ORT_UINT8, {in.codes.shape[0], (stages * (width_ / dim) * bits_ + 7) / 8}, "codes");
 }
 
 void CodebookEmbedding::check_scaling(const Inputs& in) const {
@@ -151,10 +158,11 @@ CodebookTable CodebookEmbedding::table(const Inputs& in) const {
 void CodebookEmbedding::compute(Context& context) const {
   const Tensor input = context.input(0);
   const auto* ids = input.as<const int64_t>(ORT_INT64, "ids");
-  if (input.shape.rank == MOST_DIMS) refuse("ids has ", MOST_DIMS, " dimensions, the most are ", MOST_DIMS - 1);
+  if (input.shape.rank > MOST_ID_DIMS) refuse("ids has ", MOST_DIMS, " dimensions, the most are ", MOST_ID_DIMS);
   const int64_t count = input.shape.count();
   Inputs in = constants_;
   in.read([&](size_t index) { return context.input(index); });
+  check_rank(in);
   check_codes(in);
   check_scaling(in);
   check_kept(in);

@@ -2,18 +2,19 @@
 //
 //   CodebookEmbedding(ids, codes, codebook, scales?, gain?, offset?, slots?, kept?) -> (..., C)
 //
-//   ids       int64, any shape; from 0 to V - 1, anything else is an error
+//   ids       int64, of up to 7 dimensions; from 0 to V - 1, anything else is an error. (ONNX's Gather, which stands in
+//             for this operator, takes -V to -1 as well and counts them from the end.)
 //   codes     uint8 (V, ceil(stages * C / dim * bits / 8)): a row's codes of `bits` bits without gaps, lowest bits of a
 //             byte first; one code for every `dim` channels, all of the first stage, then all of the second
 //   codebook  float (stages, 2^bits, dim): 1 or 2 stages; dim 1, 2, 4 or 8
 //   scales    float16 (V, C / group), one for every `group` channels
 //   gain      float (C)
 //   offset    float (C)
-//   slots     int16 (V): where in `kept` a row is, or -1 for a row that is coded; anything else is an error when such
-//             a row is asked for
+//   slots     int16 (V): where in `kept` a row is, or -1 (as any negative number) for a row that is coded; a slot
+//             beyond `kept` is an error when its row is asked for
 //   kept      float16 or float (n, C), n up to 32767; given where slots are
 //   bits      1 to 8
-//   width     C, a multiple of dim
+//   width     C, a multiple of dim, up to 2^20
 //   group     channels that share a scale, a divisor of C; 0 (the default): all of a row
 //   isa       see isa.h
 //
@@ -77,6 +78,7 @@ class CodebookEmbedding {
     }
   };
 
+  void check_rank(const Inputs& in) const;
   void check_codes(const Inputs& in) const;
   void check_scaling(const Inputs& in) const;
   void check_kept(const Inputs& in) const;

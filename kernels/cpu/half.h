@@ -7,13 +7,15 @@
 
 namespace ryzen {
 
+// As the processor's own instruction: a signalling NaN becomes a quiet one, which has the highest bit of its fraction.
 inline float half_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = (half >> 10) & 31, fraction = half & 1023;
   if (exponent == 0) {
     const float size = float(fraction) * 0x1p-24f;
     return sign ? -size : size;
   }
-  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | fraction << 13;
+  const uint32_t quiet = exponent == 31 && fraction != 0 ? 1u << 22 : 0;
+  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | fraction << 13 | quiet;
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;

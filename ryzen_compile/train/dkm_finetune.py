@@ -28,7 +28,7 @@ LAST_RATE = 0.05  # of the first, where the cosine ends
 LARGEST_SCALE = torch.finfo(torch.float16).max
 SMALLEST_SCALE = 2.0**-24  # of float16; a scale of 0 would make a row's weights infinite
 # Learning rates, in units of a normalised weight's size (entries and weights are of order one).
-RATES = {"weights": 0.02, "codebook": 0.005, "scales": 0.002, "channels": 0.0005, "kept": 0.0005}
+RATES = {"weights": 0.008, "codebook": 0.002, "scales": 0.0008, "channels": 0.0002, "kept": 0.0002}
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,12 @@ def dkm_finetune(
     return FinetuneResult(found if after < before else start, before, after)
 
 
-class _Trained(nn.Module):
+class _Trained:
     """The table in training. ``weights`` (V, C) are normalised: what codes are chosen for."""
 
     def __init__(self, start: CodebookTensor, table: Tensor) -> None:
-        super().__init__()
         self.start = start
-        form, (rows, width) = start.format, start.shape
-        self.groups = max(1, form.groups(width))
+        rows, width = start.shape
         scales = torch.ones(rows, 1) if start.scales is None else start.scales.float()
         self.scales = nn.Parameter(scales)
         self.gain = nn.Parameter(torch.ones(width) if start.gain is None else start.gain.clone())
@@ -100,7 +98,7 @@ class _Trained(nn.Module):
         self.kept = nn.Parameter(torch.empty(0, width) if start.kept is None else start.kept.float())
         spread = self._spread(scales.clamp(min=SMALLEST_SCALE)) * self.gain.detach()
         self.weights = nn.Parameter((table.float() - self.offset.detach()) / spread)
-        self.layers = nn.ModuleList(DKMLayer(book, temperature=1.0, iterations=0) for book in start.codebook)
+        self.stages = [DKMLayer(book, temperature=1.0, iterations=0) for book in start.codebook]
         self.error = self._start_error()
 
     def parameter_groups(self) -> list[dict[str, object]]:
@@ -109,7 +107,7 @@ class _Trained(nn.Module):
         channels = [p for n, p in (("gain", self.gain), ("offset", self.offset)) if n in stored]
         groups = {
             "weights": [self.weights],
-            "codebook": list(self.layers.parameters()),
+            "codebook": [stage.centroids for stage in self.stages],
             "scales": [self.scales] if "scales" in stored else [],
             "channels": channels,
             "kept": [self.kept] if "kept" in stored else [],
@@ -117,16 +115,16 @@ class _Trained(nn.Module):
         return [{"params": params, "rate": RATES[name]} for name, params in groups.items() if params]
 
     def anneal(self, temperature: float) -> None:
-        for layer in self.layers:
-            layer.temperature = temperature * max(self.error, torch.finfo(torch.float32).tiny)
+        for stage in self.stages:
+            stage.temperature = temperature * max(self.error, torch.finfo(torch.float32).tiny)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor) -> Tensor:
         """``ids`` (...) -> (..., C): rows as they are at this temperature."""
         unique, places = ids.reshape(-1).unique(return_inverse=True)
         points = self.weights[unique].reshape(-1, self.start.format.dim)
-        coded = self.layers[0](points)
-        for layer in self.layers[1:]:
-            coded = coded + layer(points - coded)
+        coded: Tensor = self.stages[0](points)
+        for stage in self.stages[1:]:
+            coded = coded + stage(points - coded)
         rows = coded.reshape(len(unique), -1) * self._spread(self.scales[unique]) * self.gain + self.offset
         if self.start.slots is not None:
             slots = self.start.slots[unique].long()
@@ -139,23 +137,20 @@ class _Trained(nn.Module):
         form, (rows, width) = self.start.format, self.start.shape
         codes = torch.empty(rows, form.stages, form.codes(width), dtype=torch.uint8)
         left, books = self.weights.reshape(-1, form.dim), []
-        for stage, layer in enumerate(self.layers):
-            chosen, book = layer.harden(left)
+        for index, stage in enumerate(self.stages):
+            chosen, book = stage.harden(left)
             books.append(book)
-            codes[:, stage] = chosen.reshape(rows, -1).to(torch.uint8)
+            codes[:, index] = chosen.reshape(rows, -1).to(torch.uint8)
             left = left - book[chosen.long()]
-        stored = self.start.tensors
-        new = {
-            "scales": self.scales.clamp(-LARGEST_SCALE, LARGEST_SCALE).half(),
-            "gain": self.gain.detach().clone(),
-            "offset": self.offset.detach().clone(),
-            "kept": None if self.start.kept is None else self.kept.to(self.start.kept.dtype),
-        }
+        start = self.start
         return replace(
-            self.start,
+            start,
             codes=pack_codes(codes.flatten(1), form.bits),
             codebook=torch.stack(books),
-            **{name: value for name, value in new.items() if name in stored},
+            scales=None if start.scales is None else self.scales.clamp(-LARGEST_SCALE, LARGEST_SCALE).half(),
+            gain=None if start.gain is None else self.gain.detach().clone(),
+            offset=None if start.offset is None else self.offset.detach().clone(),
+            kept=None if start.kept is None else self.kept.to(start.kept.dtype),
         )
 
     def _spread(self, scales: Tensor) -> Tensor:
@@ -209,7 +204,7 @@ def _loss(model: nn.Module, table: Tensor, trained: _Trained, ids: Tensor) -> Te
     """Mean KL(model || student) over the tokens of ``ids`` (B, T)."""
     with torch.no_grad():
         target = torch.log_softmax(logits(model, ids), dim=-1)
-    with torch.enable_grad(), SubstitutedLookup(table, trained):
+    with torch.enable_grad(), SubstitutedLookup(table, trained.rows):
         student = torch.log_softmax(logits(model, ids), dim=-1)
     return (target.exp() * (target - student)).sum(-1).mean()
 

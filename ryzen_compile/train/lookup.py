@@ -51,8 +51,9 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     """(B, T, V) float32 for ``ids`` (B, T), whatever the model wraps them in."""
     result: Any = model(ids)
-    found: Tensor = getattr(result, "logits", result)
-    return (found[0] if isinstance(found, tuple) else found).float()
+    found: Any = getattr(result, "logits", result)
+    values: Tensor = found[0] if isinstance(found, tuple) else found
+    return values.float()
 
 
 def find_table(model: nn.Module, name: str) -> nn.Parameter:

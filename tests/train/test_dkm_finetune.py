@@ -13,7 +13,7 @@ from ryzen_compile.numerics.codebook import CodebookFormat, CodebookTensor
 from ryzen_compile.numerics.search.codebook_fit import FitSettings, fit_codebook
 from ryzen_compile.train import dkm_finetune as module
 from ryzen_compile.train.dkm_finetune import FEWEST_WINDOWS, FinetuneSettings, dkm_finetune
-from tests.zoo import VOCAB, NanoDecoder, randomize
+from tests.zoo import VOCAB, NanoDecoder
 
 WINDOWS = torch.randint(VOCAB, (40, 24), generator=torch.Generator().manual_seed(1))
 NAME = "wte.weight"
@@ -21,9 +21,7 @@ NAME = "wte.weight"
 
 def decoder() -> nn.Module:
     torch.manual_seed(0)
-    model = NanoDecoder(width=32)
-    randomize(model)
-    return model
+    return NanoDecoder(width=32)
 
 
 def start(model: nn.Module, form: CodebookFormat, keep: Tensor | None = None) -> CodebookTensor:
@@ -40,10 +38,10 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_training_brings_predictions_nearer_on_other_text(form: str) -> None:
-    """A coarse table, 40 steps: at least a tenth nearer, where the divergence is measured on windows not trained on."""
+    """A coarse table, 60 steps: at least a tenth nearer, where the divergence is measured on windows not trained on."""
     model = decoder()
     before = start(model, FORMS[form], keep=torch.tensor([5, 17]))
-    result = dkm_finetune(model, NAME, before, WINDOWS, FinetuneSettings(40))
+    result = dkm_finetune(model, NAME, before, WINDOWS, FinetuneSettings(60))
     assert result.kl_after < 0.9 * result.kl_before
     assert result.table is not before
     assert result.table.shape == before.shape and result.table.nbytes == before.nbytes

@@ -44,9 +44,16 @@ def test_a_scaled_lookup_stays_scaled() -> None:
 def test_modes_come_back() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()))
     model[1].eval()
-    with pytest.raises(RuntimeError, match="inside"), evaluating(model):
-        assert not any(m.training for m in model.modules())
-        raise RuntimeError("inside")
+    seen = []
+
+    def fail() -> None:
+        with evaluating(model):
+            seen.extend(m.training for m in model.modules())
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert not any(seen) and len(seen) == 4
     assert [m.training for m in model.modules()] == [True, True, False, False]
 
 

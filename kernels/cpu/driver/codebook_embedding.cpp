@@ -165,7 +165,7 @@ void check_hostile_tensors(const Case& c, const Node& good, Random& random) {
   expect_refused(good.with_input(CODEBOOK, random.normals({1, 32, 4})), "codes");
   expect_refused(good.with_input(CODEBOOK, random.normals({2, 32, 8})), "codes");
   // A slot counts when its row is asked for, which are the first and the last.
-  for (int bad : {-2, 3, 32767, -32768})
+  for (int bad : {3, 32767})
     expect_refused(good.with_input(SLOTS, tensor<int16_t>({V}, {-1, 0, 0, 0, 0, 0, 0, 0, int16_t(bad)})), "slots");
   expect_refused(good.with_input(KEPT, random.halves({0, 40})), "slots");
   // A table of no rows has no ids either.

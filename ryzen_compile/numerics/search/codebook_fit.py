@@ -259,11 +259,11 @@ def _refitted(model: _Model, rows: Tensor, weights: Tensor, codes: Tensor, scale
     sums = _Sums(model)
     sums.add(model, rows, weights, codes, scales)
     model = replace(model, codebook=sums.solved(model.codebook))
-    if model.form.stages == 2:
-        return model
     points = model.points(rows)
     vectors = _divided(points, scales).reshape(-1, model.form.dim)
     counts = _counts(model, points, scales, weights)
+    if model.form.stages == 2 or not counts.any():
+        return model
     start = model.codebook[0]
     found = kmeans(vectors, model.form.entries, weights=counts, start=start, iterations=ROUNDS, sample=len(vectors))
     return replace(model, codebook=found[None])

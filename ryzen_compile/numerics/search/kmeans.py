@@ -246,9 +246,9 @@ class _Line:
         count = len(edges) - 1
         runs = min(k, count)
         # cost[i, j]: the error of bins j to i - 1 as one cell. Where j is not below i there is no cell.
-        cell = (mass[:, None] - mass).clamp_(min=0)
-        cost = (square[:, None] - square) - (total[:, None] - total).square_() / cell.clamp(min=1e-300)
-        cost.clamp_(min=0).masked_fill_(torch.ones_like(cost, dtype=torch.bool).triu_(), torch.inf)
+        cost = (total[:, None] - total).square_().div_((mass[:, None] - mass).clamp_(min=1e-300))
+        cost.neg_().add_(square[:, None]).sub_(square).clamp_(min=0)
+        cost.masked_fill_(torch.ones_like(cost, dtype=torch.bool).triu_(), torch.inf)
         least, with_last = cost[:, 0].clone(), torch.empty_like(cost)
         choices = torch.empty(runs - 1, count + 1, dtype=torch.int64, device=edges.device)
         for choice in choices:
