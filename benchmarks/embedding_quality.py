@@ -34,6 +34,7 @@ from ryzen_compile.api import read_source
 from ryzen_compile.calibration import read_calibration
 from ryzen_compile.config import EmbeddingCompression, find_recipe
 from ryzen_compile.numerics.blockwise import BlockFormat
+from ryzen_compile.numerics.codebook import CodebookTensor
 from ryzen_compile.numerics.search import quantize_with
 from ryzen_compile.numerics.search.statistics import StatisticsBuilder
 from ryzen_compile.numerics.table_quality import DECIBELS_PER_BIT, table_quality
@@ -78,20 +79,22 @@ def integer_candidates(table: Tensor, hidden: Tensor | None = None) -> Iterator[
 
 
 def code_candidates(
-    table: Tensor, text: Tensor, ratios: tuple[float, ...], train: Callable[[Any], Any] | None
+    table: Tensor, text: Tensor, special: tuple[int, ...], ratios: tuple[float, ...], train: Callable[[Any], Any] | None
 ) -> Iterator[Candidate]:
+    def compressed(**settings: Any) -> CodebookTensor:
+        return EmbeddingCompressor(EmbeddingCompression(**settings), text=text, special=special).compress(table)
+
+    def label(tensor: CodebookTensor) -> str:
+        return f"{tensor.format.bits}b/{tensor.format.dim} {len(tensor.kept)} kept"
+
     for ratio in ratios:
         for weighting in ("none", "frequency") if ratio < 4 else ("frequency",):
-            compressor = EmbeddingCompressor(
-                EmbeddingCompression(method="kmeans", ratio=ratio, weighting=weighting), text=text
-            )
-            tensor = compressor.compress(table)
-            label = f"{tensor.format.bits}b/{tensor.format.dim} {len(tensor.kept)} kept"
+            tensor = compressed(ratio=ratio, weighting=weighting)
             unweighted = ", all rows alike" if weighting == "none" else ""
-            yield Candidate(f"k-means {label}{unweighted}", tensor.decode(), tensor.nbytes)
+            yield Candidate(f"k-means {label(tensor)}{unweighted}", tensor.decode(), tensor.nbytes)
         if train is not None:
-            trained = train(tensor)
-            yield Candidate(f"DKM {label}", trained.decode(), trained.nbytes)
+            trained = train(compressed(ratio=ratio, method="dkm"))
+            yield Candidate(f"DKM {label(trained)}", trained.decode(), trained.nbytes)
 
 
 # --- the shipped model ------------------------------------------------------------------------------------------------
@@ -107,8 +110,9 @@ class TableScorer:
             if self._head:
                 result = torch.func.functional_call(self._model, {self._name: self._table}, (torch.from_numpy(ids),))
             else:
-                with SubstitutedLookup(self._parameter, lambda wanted: self._table[wanted]):
-                    result = self._model(torch.from_numpy(ids))
+                tokens = torch.from_numpy(ids)
+                with SubstitutedLookup(self._parameter, tokens, lambda given: self._table[given]):
+                    result = self._model(tokens)
         found: np.ndarray = result.logits.numpy()
         return found
 
@@ -137,7 +141,9 @@ def tiny(tokens: int, steps: int) -> Iterator[dict[str, Any]]:
         return found
 
     yield from map(rows, integer_candidates(table, hidden))
-    yield from map(rows, code_candidates(table, calibration.long, RATIOS, train if steps else None))
+    yield from map(
+        rows, code_candidates(table, calibration.long, calibration.special, RATIOS, train if steps else None)
+    )
 
 
 # --- sentence embeddings ----------------------------------------------------------------------------------------------
@@ -182,7 +188,7 @@ def minilm(sentences: int) -> Iterator[dict[str, Any]]:
     def embeddings(rows: Tensor) -> Tensor:
         found = []
         for batch in batches:
-            with SubstitutedLookup(parameter, lambda ids: rows[ids]):
+            with SubstitutedLookup(parameter, batch["input_ids"], lambda ids: rows[ids]):
                 states = model(**batch).last_hidden_state
             mask = batch["attention_mask"][..., None]
             found.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
@@ -196,7 +202,9 @@ def minilm(sentences: int) -> Iterator[dict[str, Any]]:
         return facts(candidate, table) | {"distance": float(distance.mean()), "distance_se": error}
 
     yield from map(rows, integer_candidates(table))
-    yield from map(rows, code_candidates(table, torch.tensor(other)[None], RATIOS, None))
+    yield from map(
+        rows, code_candidates(table, torch.tensor(other)[None], tuple(tokenizer.all_special_ids), RATIOS, None)
+    )
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ One model for each table and form: fp32 (Gather), int4 in blocks of 32 (GatherBl
 BITSxDIM or BITSxDIMxSTAGES, which run once in ONNX Runtime's own operators and once in ours. A round opens each in a
 process of its own (two thread pools that spin on the same cores slow each other), looks up every row once, and times
 lookups of random rows, other ones each time. Every other round goes backwards. Prints medians over the rounds with
-their range, and ratios to fp32 within rounds; every sample is appended to ``benchmarks/data/embedding_speed.csv``.
+their range, and ratios to fp32 within rounds; after each round its samples are appended to
+``benchmarks/data/embedding_speed.csv``. The models are written anew by every run, so that they are those of this
+checkout's lowering.
 
 Resident memory is what the process gains (VmRSS) from opening the session until every row has been looked up, a few at
 a time; a session of a small table of the same form is open before, so that the runtime itself does not count. A session
@@ -19,6 +21,7 @@ import argparse
 import csv
 import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -66,23 +69,23 @@ def main() -> None:
     prepare(sides, args)
     pairs = list(itertools.product(args.tables, sides))
     samples: Samples = {pair: [] for pair in pairs}
+    facts = facts_of_run(args)
     for number in range(args.rounds):
         for pair in pairs if number % 2 == 0 else reversed(pairs):
             samples[pair].append(in_child(*pair))
+        append(samples, number, facts)
         print(f"round {number + 1} of {args.rounds} done", file=sys.stderr)
     report(samples, sides, args)
-    append(samples, args)
 
 
 def prepare(sides: list[str], args: argparse.Namespace) -> None:
-    """Writes the models that are not there yet, each in a child, whose memory is given back."""
+    """Writes the models, each in a child, whose memory is given back. Whatever older runs have left there goes."""
     for form in dict.fromkeys(side.split(maxsplit=1)[0] for side in sides):
-        for table in (*args.tables, SMALL):
-            path = model_of(table, form, args)
-            if not path.exists():
-                rows, width = table.split("x")
-                command = [sys.executable, HERE / "random_table.py", form, rows, width, path.parent]
-                subprocess.run(command, check=True)
+        for table in dict.fromkeys((*args.tables, SMALL)):
+            directory = model_of(table, form, args).parent
+            shutil.rmtree(directory, ignore_errors=True)
+            rows, width = table.split("x")
+            subprocess.run([sys.executable, HERE / "random_table.py", form, rows, width, directory], check=True)
 
 
 def model_of(table: str, side: str, args: argparse.Namespace) -> Path:
@@ -181,19 +184,25 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} - {max(values):.{digits}f})"
 
 
-def append(samples: Samples, args: argparse.Namespace) -> None:
-    machine, versions = read_machine(), read_versions()
-    when = datetime.now(UTC).isoformat(timespec="seconds")
-    facts = [when, args.threads, machine.cpu.name, versions["onnxruntime"]]
+def facts_of_run(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": args.threads,
+        "cpu": read_machine().cpu.name,
+        "onnxruntime": read_versions()["onnxruntime"],
+    }
+
+
+def append(samples: Samples, number: int, facts: dict[str, Any]) -> None:
+    """The samples of one round, which are then safe."""
     fresh = not DATA.exists()
     with DATA.open("a", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         if fresh:
-            writer.writerow(["when", "threads", "cpu", "onnxruntime", "table", "side", "round", "name", "value"])
+            writer.writerow([*facts, "table", "side", "round", "name", "value"])
         for (table, side), rounds in samples.items():
-            for number, values in enumerate(rounds):
-                for name, value in values.items():
-                    writer.writerow([*facts, table, side, number, name, f"{value:.4g}"])
+            for name, value in rounds[number].items():
+                writer.writerow([*facts.values(), table, side, number, name, f"{value:.4g}"])
 
 
 if __name__ == "__main__":

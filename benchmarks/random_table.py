@@ -2,7 +2,8 @@
 
     python benchmarks/random_table.py 8x2 30522 384 table-8x2
 
-writes ``model.onnx`` and its data into the directory ``table-8x2``, through the library's own lowering.
+writes ``model.onnx`` and its data into the directory ``table-8x2``, through the library's own lowering. Equal arguments
+give equal tables.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from embedding_speed import BLOCKS, PLAIN
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -23,7 +25,6 @@ from ryzen_compile.numerics.codebook import CodebookFormat, CodebookTensor
 from ryzen_compile.program import Program
 from ryzen_compile.spec import ModelSpec
 
-PLAIN, BLOCKS = "fp32", "int4-g32"
 BLOCK = 32
 PARTS = ("codes", "codebook", "scales", "gain", "offset", "slots", "kept")
 
@@ -62,10 +63,11 @@ def lookup(form: str, rows: int, width: int) -> Lookup:
         offset=torch.randn(width),
     )
     tensors = [table.tensors.get(name) for name in PARTS]
-    return Lookup(ops.codebook_embedding, tensors, width, code.bits, 0)
+    return Lookup(ops.codebook_embedding, tensors, width, code.bits, code.group_argument)
 
 
 def write(form: str, rows: int, width: int, directory: Path) -> None:
+    torch.manual_seed(0)
     directory.mkdir(parents=True, exist_ok=True)
     module, ids = lookup(form, rows, width).eval(), torch.zeros(3, dtype=torch.int64)
     exported = torch.export.export(module, (ids,), dynamic_shapes=({0: Dim("tokens")},), strict=False)

@@ -16,7 +16,7 @@ import argparse
 import ast
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,9 +27,9 @@ from ryzen_compile.calibration import read_calibration
 from ryzen_compile.capture import capture
 from ryzen_compile.config import EmbeddingCompression, find_recipe
 from ryzen_compile.numerics.blockwise import BlockFormat
-from ryzen_compile.numerics.codebook import CodebookFormat
 from ryzen_compile.numerics.divergence import mean_divergence
 from ryzen_compile.numerics.search import quantize_with
+from ryzen_compile.passes.canonicalize import Canonicalize
 from ryzen_compile.passes.compress_embedding import EmbeddingCompressor, find_lookups
 from ryzen_compile.text import read_text, token_windows
 from ryzen_compile.train.dkm_finetune import FinetuneSettings, dkm_finetune
@@ -55,23 +55,29 @@ class Point:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, the parameter ``name`` that is its table, text to train on and text to measure on, (n, T) int64."""
+    """A model, the parameter ``name`` that is its table, text to train on and text to measure on, (n, T) int64, and
+    the tokens whose rows are kept first."""
 
     model: nn.Module
     name: str
     train: Tensor
     held: Tensor
+    special: tuple[int, ...]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return find_table(self.model, self.name)
 
     @property
     def table(self) -> Tensor:
-        return find_table(self.model, self.name).detach()
+        return self.parameter.detach()
 
     @torch.no_grad()
     def divergence(self, table: Tensor) -> float:
         """From the model itself when its lookups read ``table`` (V, C)."""
         total = 0.0
         for ids in self.held.split(4):
-            with evaluating(self.model), SubstitutedLookup(find_table(self.model, self.name), lambda i: table[i]):
+            with evaluating(self.model), SubstitutedLookup(self.parameter, ids, lambda given: table[given]):
                 moved = logits(self.model, ids)
             total += mean_divergence(logits(self.model, ids), moved)[0] * len(ids)
         return total / len(self.held)
@@ -82,11 +88,11 @@ def read_subject(directory: Path, windows: int) -> Subject:
     calibration = read_calibration(source.tokenizer, find_recipe("fp32", embedding={}))
     if calibration is None or calibration.long is None:
         raise SystemExit(f"{directory} has no tokenizer, and codes are chosen on text")
-    lookups, _ = find_lookups(capture(source.model))
+    lookups, _ = find_lookups(Canonicalize().run(capture(source.model)).program)
     train, held = calibration.long[:-windows], calibration.long[-windows:]
-    if directory == SHIPPED:
+    if directory.resolve() == SHIPPED:
         train, held = calibration.long, held_out(source.tokenizer, windows, calibration.long.shape[1])
-    return Subject(source.model.eval(), lookups[0].name, train, held)
+    return Subject(source.model.eval(), lookups[0].name, train, held, calibration.special)
 
 
 def held_out(tokenizer: object, windows: int, length: int) -> Tensor:
@@ -105,14 +111,21 @@ def points(subject: Subject, steps: int) -> Iterator[Point]:
     table = subject.table
     yield Point("float16", "float16", 2 * table.numel(), subject.divergence(table.half().float()))
     for name, bits, block in INTEGERS:
-        decoded = quantize_with("mse", table, BlockFormat(bits, block)).dequantize()
+        tensor = quantize_with("mse", table, BlockFormat(bits, block))
+        decoded = replace(tensor, scales=tensor.scales.half().float()).dequantize()
         yield Point("integers", name, table.numel() * (bits / 8 + 2 / block), subject.divergence(decoded))
     for bits, dim in CODES:
-        settings = EmbeddingCompression(method="kmeans", bits=bits, cluster_dim=dim)
-        found = EmbeddingCompressor(settings, text=subject.train).compress(table)
-        label = f"{CodebookFormat(bits, dim).code_bits:g} bits"
-        yield Point("k-means", label, found.nbytes, subject.divergence(found.decode()))
-        trained = dkm_finetune(subject.model, subject.name, found, subject.train, FinetuneSettings(steps)).table
+        found = {
+            method: EmbeddingCompressor(
+                EmbeddingCompression(method=method, bits=bits, cluster_dim=dim),
+                text=subject.train,
+                special=subject.special,
+            ).compress(table)
+            for method in ("kmeans", "dkm")
+        }
+        label = f"{bits / dim:g} bits"
+        yield Point("k-means", label, found["kmeans"].nbytes, subject.divergence(found["kmeans"].decode()))
+        trained = dkm_finetune(subject.model, subject.name, found["dkm"], subject.train, FinetuneSettings(steps)).table
         yield Point("DKM", label, trained.nbytes, subject.divergence(trained.decode()))
 
 
@@ -150,7 +163,7 @@ def draw(found: list[Point], weights: int, target: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     for suffix in (".png", ".svg"):
-        figure.savefig(target.with_suffix(suffix), dpi=150)
+        figure.savefig(target.with_name(target.name + suffix), dpi=150)
 
 
 def main() -> None:
@@ -170,7 +183,7 @@ def main() -> None:
         name = point.label if point.family in ("float16", "integers") else f"{point.family}, {point.label}"
         print(f"| {name} | {point.nbytes:,.0f} | {8 * point.nbytes / weights:.2f} | {point.kl:.5f} |", flush=True)
     draw(found, weights, args.output)
-    print(f"drawn: {args.output.with_suffix('.png')}, {args.output.with_suffix('.svg')}")
+    print(f"drawn: {args.output}.png, {args.output}.svg")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import importlib
 import platform
 import sys
 
-from ryzen_compile.errors import UnsupportedError
+from ryzen_compile.errors import UnsupportedError, UsageError
+
+DEVICES = ("cuda", "cpu")
 
 
 def probe() -> tuple[str, str]:
@@ -36,13 +38,30 @@ def probe() -> tuple[str, str]:
 def attach(device: str = "cuda") -> None:
     """Registers the Triton kernels with their operators of ``ryzen_compile.ops``, for tensors on ``device``.
 
-    From then on, for the rest of the process, an operator called on such tensors runs its kernel. "cpu" is for Triton's
-    interpreter (``TRITON_INTERPRET=1``). Raises ``UnsupportedError`` where the kernels cannot run on a GPU.
+    From then on, for the rest of the process, an operator called on such tensors runs its kernel. ``device`` is "cuda",
+    or "cpu" for Triton's interpreter, which ``TRITON_INTERPRET=1`` in the environment of the process turns on. Raises
+    ``UsageError`` for any other device, ``UnsupportedError`` where the kernels cannot run on it; the operators are left
+    as they were.
     """
-    lack, remedy = probe()
-    if device == "cuda" and lack:
-        raise UnsupportedError(f"Triton kernels cannot run here: {lack}", hint=remedy)
+    if device not in DEVICES:
+        raise UsageError(f"device must be {' or '.join(DEVICES)}, got {device!r}")
+    lack, remedy = probe() if device == "cuda" else _probe_interpreter()
+    if lack:
+        raise UnsupportedError(f"Triton kernels cannot run on {device} here: {lack}", hint=remedy)
     from ryzen_compile import ops
     from ryzen_compile.kernels import embedding
 
     ops.codebook_embedding.register_kernel(device, embedding.codebook_embedding)
+
+
+def _probe_interpreter() -> tuple[str, str]:
+    """As ``probe``, for Triton's interpreter."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}", "pip install 'ryzen-compile[triton]'"
+    from ryzen_compile.kernels import embedding
+
+    if embedding.interpreted():
+        return "", ""
+    return "Triton's interpreter is off", "set TRITON_INTERPRET=1 in the environment of the process"

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ryzen_compile.errors import UnsupportedError, UsageError
-from ryzen_compile.numerics.codebook import INTEGERS, CodebookFormat, CodebookTensor
+from ryzen_compile.numerics.codebook import CodebookTensor, expect_ids
 
 CHANNELS = 1024  # of one program at most: wider rows are cut, and the machine is full from few rows on
 CHANNELS_PER_WARP = 256  # 8 for each of its 32 threads
@@ -115,7 +115,7 @@ def codebook_embedding(
     table is read, and an error would make every lookup wait for the GPU. Raises ``UsageError`` for tensors that do not
     fit together, ``UnsupportedError`` for tensors that are not on a GPU (unless Triton interprets its kernels).
     """
-    table = _table(codes, codebook, scales, gain, offset, slots, kept, width, bits, group)
+    table = CodebookTensor.stored(codes, codebook, scales, gain, offset, slots, kept, width, bits, group)
     _expect_together(ids, table)
     out = torch.empty((*ids.shape, width), dtype=torch.float32, device=ids.device)
     if out.numel():
@@ -125,35 +125,17 @@ def codebook_embedding(
     return out
 
 
-def _table(
-    codes: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    slots: Tensor | None,
-    kept: Tensor | None,
-    width: int,
-    bits: int,
-    group: int,
-) -> CodebookTensor:
-    if codebook.ndim != 3 or codes.ndim != 2:
-        raise UsageError(
-            "codebook must be (stages, entries, dim) and codes (V, row bytes), "
-            f"got {tuple(codebook.shape)} and {tuple(codes.shape)}"
-        )
-    stages, _, dim = codebook.shape
-    form = CodebookFormat(bits, dim, stages, None if group == -1 else group)
-    return CodebookTensor(form, (len(codes), width), codes, codebook, scales, gain, offset, slots, kept)
+def interpreted() -> bool:
+    """Whether Triton interprets these kernels, on the CPU: the environment said so when they were imported."""
+    return not isinstance(_codebook_embedding_kernel, triton.JITFunction)
 
 
 def _expect_together(ids: Tensor, table: CodebookTensor) -> None:
-    if ids.dtype not in INTEGERS:
-        raise UsageError(f"ids must be integers, got {ids.dtype}")
+    expect_ids(ids)
     elsewhere = [f"{name} on {t.device}" for name, t in table.tensors.items() if t.device != ids.device]
     if elsewhere:
         raise UsageError(f"all tensors must be on one device: ids are on {ids.device}, {', '.join(elsewhere)}")
-    if not ids.is_cuda and isinstance(_codebook_embedding_kernel, triton.JITFunction):
+    if not ids.is_cuda and not interpreted():
         raise UnsupportedError(
             f"a Triton kernel runs on a GPU, the tensors are on {ids.device}",
             hint="move them to a CUDA device; TRITON_INTERPRET=1 in the environment of the process runs it on the CPU",

@@ -100,6 +100,8 @@ def optimize(
         overrides=overrides,
         embedding=embedding,
     )
+    if passes is not None and chosen.embedding is not None:
+        raise UsageError("passes replace the recipe's own, which embedding is for: give one or the other")
     _refuse_cache(backend, chosen)  # what is asked for is refused before the model is read
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
@@ -310,6 +312,8 @@ def rewrite(
     facts: dict[str, object] = {"recipe": recipe.name, "backend": backend}
     if calibration is not None and text is not None:
         facts["calibration"] = {"text": calibration.name, "sha256": calibration.digest, "tokens": text.numel()}
+        if calibration.long is not None:
+            facts["table_tokens"] = calibration.long.numel()
     return program, replace(report, capture_seconds=seconds, facts=facts)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.config import Recipe
-from ryzen_compile.errors import UsageError
+from ryzen_compile.errors import ConfigError, UsageError
 from ryzen_compile.text import BUILTIN
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LENGTH, TOKENS = 256, 16_384
 HELD_BACK = 4  # windows of the same text that no method sees: the parity gate measures on them
 TABLE_TOKENS = 262_144  # at most, for counting how often each occurs, and for training a table
-CHARACTERS = 40  # read for each token wanted, at most; a token is rarely more than a few
+CHARACTERS = 40  # read for each token wanted, at most; it is rarely more than a few
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Calibration:
 
     ``windows`` (B, T) int64 for the methods that look at activations, ``held_back`` (b, T) for measuring what they did,
     ``long`` (n, T), which begins with ``windows``, for a table of tokens: each of them occurs rarely. ``special`` are
-    the tokens that the tokenizer adds by itself.
+    the tokenizer's own tokens.
     """
 
     windows: Tensor
@@ -50,6 +50,12 @@ def read_calibration(
     ``UsageError`` for a text that was named and cannot be used, or that is too short.
     """
     reads = recipe.weights is not None or recipe.kv.dtype != "fp32" or recipe.embedding is not None
+    if tokenizer is None and recipe.embedding is not None and recipe.embedding.reads_text:
+        raise ConfigError(
+            f"method {recipe.embedding.method!r} with weighting {recipe.embedding.weighting!r} of the embedding reads "
+            "text, and the model came without a tokenizer",
+            hint="method 'kmeans' with weighting 'frequency' does without",
+        )
     if not reads or (tokenizer is None and text == BUILTIN):
         return None
     if tokenizer is None:
@@ -62,16 +68,9 @@ def read_calibration(
         progress("calibration")
     needed = TOKENS + HELD_BACK * LENGTH
     wanted = needed if recipe.embedding is None else TABLE_TOKENS
-    content = read_text(text, characters=CHARACTERS * wanted)
-    ids = _encode(tokenizer, content) if recipe.embedding is not None else []
-    windows = torch.from_numpy(
-        token_windows(
-            content,
-            (lambda _: ids) if ids else (lambda part: _encode(tokenizer, part)),
-            LENGTH,
-            max(needed, min(wanted, len(ids) // LENGTH * LENGTH)),
-        )
-    )
+    content = read_text(text, characters=CHARACTERS * (TOKENS if recipe.embedding is None else TABLE_TOKENS))
+    found = token_windows(content, lambda part: _encode(tokenizer, part), LENGTH, wanted, fewest=needed)
+    windows = torch.from_numpy(found)
     first = TOKENS // LENGTH
     held_back = slice(first, first + HELD_BACK)
     long = None if recipe.embedding is None else torch.cat([windows[:first], windows[held_back.stop :]])

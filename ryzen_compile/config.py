@@ -77,27 +77,44 @@ class EmbeddingCompression(BaseModel):
     """How a table that is looked up is stored as codes into a small codebook, see ``numerics.codebook``.
 
     ``method`` "kmeans" clusters the weights. "dkm" goes on from there: for ``steps`` steps on the calibration text,
-    table and centroids are trained by differentiable k-means so that the model's predictions stay what they were. A
-    code of ``bits`` stands for ``cluster_dim`` weights, in ``stages``; a scale for ``group`` weights of a row, 0 for
-    all. The share ``keep`` of the rows, those whose rounding would cost the text most, stays in float16. ``ratio``
-    (float32 bytes over stored bytes, everything counted) leaves the choice of ``bits``, ``cluster_dim`` and ``keep``
-    to the compressor. ``weighting`` says what an error in a row counts: as often as its token occurs in the text, the
-    same everywhere, or as the text's predictions depend on it (the row's Fisher information). ``max_kl`` is the parity
-    gate's budget, mean KL divergence in nats per token.
+    table and centroids are trained by differentiable k-means so that the model's predictions stay what they were;
+    a step costs about what it costs to train the model on 2,048 tokens. A code of ``bits`` (8) stands for
+    ``cluster_dim`` weights (2), in ``stages``; a scale for ``group`` weights of a row, 0 for all. The share ``keep`` of
+    the rows (0.01), those whose rounding would cost the text most, stays in float16. ``ratio`` (float32 bytes over
+    stored bytes, everything counted) chooses bits, cluster_dim and keep in their place. ``weighting`` says what an
+    error in a row counts: as often as its token occurs in the text, the same everywhere, or as the text's predictions
+    depend on it (the row's Fisher information). ``max_kl`` is the parity gate's budget, mean KL divergence in nats per
+    token.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["kmeans", "dkm"] = "dkm"
-    bits: int = Field(default=8, ge=1, le=8)
-    cluster_dim: Literal[1, 2, 4, 8] = 2
+    method: Literal["kmeans", "dkm"] = "kmeans"
+    bits: int | None = Field(default=None, ge=1, le=8)
+    cluster_dim: Literal[1, 2, 4, 8] | None = None
     stages: Literal[1, 2] = 1
     group: int = Field(default=0, ge=0)
-    keep: float = Field(default=0.01, ge=0, le=0.5)
+    keep: float | None = Field(default=None, ge=0, le=0.5)
     ratio: float | None = Field(default=None, gt=1, le=200)
     weighting: Literal["frequency", "fisher", "none"] = "frequency"
     steps: int = Field(default=300, ge=1)
     max_kl: float = Field(default=0.5, gt=0)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> EmbeddingCompression:
+        if self.ratio is not None:
+            chosen = [n for n in ("bits", "cluster_dim", "keep") if getattr(self, n) is not None]
+            chosen += [n for n, plain in (("stages", 1), ("group", 0)) if getattr(self, n) != plain]
+            if chosen:
+                raise ValueError(f"a ratio of the embedding chooses {', '.join(chosen)} by itself")
+        if self.method == "dkm" and self.stages > 1:
+            raise ValueError("method 'dkm' of the embedding trains one stage, not 2")
+        return self
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it cannot be done without text."""
+        return self.method == "dkm" or self.weighting == "fisher"
 
 
 # Nats per token; on the shipped model int8 costs 0.0001, int4 0.017.
@@ -218,8 +235,9 @@ RECIPES: tuple[Recipe, ...] = (
 def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
     """A recipe by name, or the given one, with ``changes`` applied; raises ``ConfigError`` naming the nearest.
 
-    A change may name a field of the recipe, of its ``weights``, or ``window`` and ``sinks`` of its ``kv``; None leaves
-    what is there. ``kv`` is a ``KVCacheConfig``, a mapping of its fields, or a name such as "int8" or "int4-g32".
+    A change may name a field of the recipe, which it replaces, of its ``weights``, or ``window`` and ``sinks`` of its
+    ``kv``; None leaves what is there. ``kv`` is a ``KVCacheConfig``, a mapping of its fields, or a name such as "int8"
+    or "int4-g32".
     """
     if isinstance(recipe, str):
         found = next((r for r in RECIPES if r.name == recipe), None)
@@ -235,8 +253,6 @@ def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
             continue
         if name in ("kv", "window", "sinks"):
             settings["kv"] |= _kv_settings(name, value)
-        elif isinstance(value, BaseModel):
-            settings[name] = value.model_dump()
         elif name in Recipe.model_fields:
             settings[name] = value
         elif settings["weights"] is None:
@@ -251,7 +267,7 @@ def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
         return Recipe(**settings)
     except ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"]:  # a rule between settings
+        if first["type"] == "value_error" and isinstance(first["input"], Mapping):  # a rule between settings
             raise ConfigError(f"recipe {recipe.name!r}: {first['msg'].removeprefix('Value error, ')}") from error
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"recipe {recipe.name!r}: {where}: {first['msg']}, got {first['input']!r}") from error
@@ -278,12 +294,9 @@ def embedding_settings(method: str | None, **settings: Any) -> dict[str, Any] | 
     if method is None:
         if given:
             raise ConfigError(
-                f"{', '.join(given)} of the table: expected a method, too", hint="give embedding 'kmeans' or 'dkm'"
+                f"{', '.join(given)} of the embedding: expected a method, too", hint="--embedding kmeans or dkm"
             )
         return None
-    if "ratio" in given and len(given) > 1:
-        others = ", ".join(name for name in given if name != "ratio")
-        raise ConfigError(f"a ratio chooses {others} by itself", hint="give one or the other")
     return {"method": method, **given}
 
 

@@ -74,16 +74,26 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def token_windows(text: str, tokenizer_encode: Callable[[str], list[int]], length: int, tokens: int) -> np.ndarray:
+def token_windows(
+    text: str,
+    tokenizer_encode: Callable[[str], list[int]],
+    length: int,
+    tokens: int,
+    *,
+    fewest: int | None = None,
+) -> np.ndarray:
     """The text's first tokens as ``(n, length)`` int64, n being the fewest windows that hold ``tokens`` tokens.
 
-    The windows follow each other without overlap. Raises ``UsageError`` when the text does not fill them.
+    The windows follow each other without overlap. With ``fewest``, a text that does not fill them all gives as many as
+    it fills, if these hold so many tokens. Raises ``UsageError`` for a text that is too short.
     """
     if length < 1 or tokens < 1:
         raise UsageError(f"windows need a length and a number of tokens of at least 1, got {length} and {tokens}")
     windows = -(-tokens // length)
     needed = windows * length
     ids = _first_ids(text, tokenizer_encode, needed)
+    if fewest is not None and fewest <= len(ids) // length * length < needed:
+        return np.array(ids[: len(ids) // length * length], dtype=np.int64).reshape(-1, length)
     if len(ids) < needed:
         raise UsageError(
             f"the text has {len(ids)} tokens, {needed} are needed for the {tokens} asked for ({windows} x {length})",

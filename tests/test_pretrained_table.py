@@ -51,7 +51,7 @@ def embeddings(rows: Tensor, texts: list[str]) -> Tensor:
     """(n, 384): mean of the last states, of length 1, when lookups read ``rows``."""
     tokenizer, model = minilm()
     batch = tokenizer(texts, truncation=True, max_length=LENGTH, padding=True, return_tensors="pt")
-    with SubstitutedLookup(model.get_input_embeddings().weight, lambda ids: rows[ids]):
+    with SubstitutedLookup(model.get_input_embeddings().weight, batch["input_ids"], lambda ids: rows[ids]):
         states = model(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None]
     return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)

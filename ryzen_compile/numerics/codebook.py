@@ -20,7 +20,9 @@ from ryzen_compile.numerics.blockwise import row_chunks
 CODE_BITS = range(1, 9)
 DIMS = (1, 2, 4, 8)
 STAGES = (1, 2)
+MOST_CHANNELS = 1 << 20  # of a row; more than any model has, and few enough for places in a row to be int32 anywhere
 MOST_KEPT = torch.iinfo(torch.int16).max  # rows: their places are int16
+NO_SCALES = -1  # a format's group where an argument has to be an integer
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -55,12 +57,19 @@ class CodebookFormat:
         return 1 << self.bits
 
     @property
+    def group_argument(self) -> int:
+        """``group`` as an operator takes it: ``NO_SCALES`` for None."""
+        return NO_SCALES if self.group is None else self.group
+
+    @property
     def code_bits(self) -> float:
         """Of codes per weight; scales, codebooks and kept rows come on top."""
         return self.stages * self.bits / self.dim
 
     def check(self, width: int) -> None:
-        """Raises ``UsageError`` unless rows of ``width`` weights can be stored so."""
+        """Raises ``UsageError`` unless rows of ``width`` weights, ``MOST_CHANNELS`` at most, can be stored so."""
+        if width > MOST_CHANNELS:
+            raise UsageError(f"rows of {width} weights are too long, the most are {MOST_CHANNELS}")
         for name, part in (("dim", self.dim), ("group", self.group or 1)):
             if width < 1 or width % part:
                 raise UsageError(f"rows of {width} weights are not a multiple of {name}, which is {part}")
@@ -86,10 +95,12 @@ class CodebookTensor:
 
     ``codes`` (V, ``row_bytes``) uint8, lowest bits of a byte first; all codes of the first stage, then all of the
     second. ``codebook`` (stages, 2 ** bits, dim) float32. Optional: ``scales`` (V, ``groups``) float16, ``gain`` and
-    ``offset`` (C,) float32, ``slots`` (V,) int16 with ``kept`` (n, C) float16 or float32: where a slot is not negative,
-    the row is that one of ``kept`` and its codes mean nothing.
+    ``offset`` (C,) float32, ``slots`` (V,) int16 with ``kept`` (n, C) float16 or float32, n from 1 to ``MOST_KEPT``:
+    where a slot is not negative, the row is that one of ``kept`` and its codes mean nothing; where it is, and any
+    negative number says so, the row is coded.
 
-    Raises ``UsageError`` for shapes that do not fit together. What the tensors hold is checked by ``from_codes``.
+    Raises ``UsageError`` for shapes and integer types that do not fit together. What the tensors hold is checked by
+    ``from_codes``.
     """
 
     format: CodebookFormat
@@ -112,7 +123,7 @@ class CodebookTensor:
             "gain": (width,),
             "offset": (width,),
             "slots": (rows,),
-            "kept": (0 if self.kept is None else len(self.kept), width),
+            "kept": (1 if self.kept is None or self.kept.ndim == 0 else len(self.kept), width),
         }
         for name, tensor in self.tensors.items():
             _expect_shape(name, tensor, expected[name])
@@ -120,8 +131,39 @@ class CodebookTensor:
             raise UsageError(f"{form} {'has no' if form.group is None else 'needs'} scales")
         if (self.slots is None) != (self.kept is None):
             raise UsageError("slots and kept rows go together: one of them is missing")
+        if self.kept is not None and not 1 <= len(self.kept) <= MOST_KEPT:
+            raise UsageError(f"kept must have 1 to {MOST_KEPT} rows, got {len(self.kept)}")
         if self.codes.dtype != torch.uint8:
             raise UsageError(f"codes must be packed in uint8, got {self.codes.dtype}")
+        if self.slots is not None and self.slots.dtype != torch.int16:
+            raise UsageError(f"slots must be int16, got {self.slots.dtype}")
+
+    @classmethod
+    def stored(
+        cls,
+        codes: Tensor,
+        codebook: Tensor,
+        scales: Tensor | None,
+        gain: Tensor | None,
+        offset: Tensor | None,
+        slots: Tensor | None,
+        kept: Tensor | None,
+        width: int,
+        bits: int,
+        group: int,
+    ) -> CodebookTensor:
+        """From the arguments of an operator behind its ids; ``group`` may be ``NO_SCALES``.
+
+        Raises ``UsageError`` for what does not fit together.
+        """
+        if codebook.ndim != 3 or codes.ndim != 2:
+            raise UsageError(
+                "codebook must be (stages, entries, dim) and codes (V, row bytes), "
+                f"got {tuple(codebook.shape)} and {tuple(codes.shape)}"
+            )
+        stages, _, dim = codebook.shape
+        form = CodebookFormat(bits, dim, stages, None if group == NO_SCALES else group)
+        return cls(form, (codes.shape[0], width), codes, codebook, scales, gain, offset, slots, kept)
 
     @classmethod
     def from_codes(
@@ -187,7 +229,12 @@ class CodebookTensor:
         return self._codes_of(self.codes)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """``ids`` (...) of any integer type -> (..., C) float32. Raises ``IndexError`` for one that is not a row's."""
+        """``ids`` (...) of any integer type -> (..., C) float32.
+
+        Raises ``IndexError`` for an id that is not a row's, negative ones included, and for a slot beyond the kept
+        rows; ``UsageError`` for ids that are no integers.
+        """
+        expect_ids(ids)
         width = self.shape[1]
         wanted = ids.reshape(-1).long()
         out = torch.empty((len(wanted), width), device=self.codes.device)
@@ -224,6 +271,12 @@ class CodebookTensor:
             whole = slots >= 0
             rows[whole] = self.kept.index_select(0, slots[whole]).float()
         return rows
+
+
+def expect_ids(ids: Tensor) -> None:
+    """Raises ``UsageError`` for ids of rows that are no integers: rounding one would look up another row."""
+    if ids.dtype not in INTEGERS:
+        raise UsageError(f"ids must be integers, got {ids.dtype}")
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

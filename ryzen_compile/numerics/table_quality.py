@@ -10,17 +10,18 @@ from torch import Tensor
 
 from ryzen_compile.errors import UsageError
 from ryzen_compile.numerics.blockwise import row_chunks
-from ryzen_compile.numerics.codebook import CodebookTensor
+from ryzen_compile.numerics.codebook import CodebookTensor, unpack_codes
 from ryzen_compile.numerics.divergence import mean_divergence
 
+LOGITS = 1 << 24  # of states with rows at a time
 DECIBELS_PER_BIT = 20 * math.log10(2)  # Shannon's bound for a Gaussian source: 6.02 dB for each bit of a number
 
 
 @dataclass(frozen=True)
 class TableQuality:
-    """``relative_error`` is that of the Frobenius norm, ``sqnr`` the same in dB, ``cosine`` the mean over rows that are
-    not zero. ``kl`` is the mean divergence of the predictions that states would get from the table as a head, nats, or
-    none without states."""
+    """``relative_error`` is that of the Frobenius norm, ``sqnr`` the same in dB, ``cosine`` the mean over rows that
+    were not zero (0 for one that became so). ``kl`` is the mean divergence of the predictions that states would get
+    from the table as a head, nats, or none without states."""
 
     relative_error: float
     sqnr: float
@@ -57,22 +58,33 @@ def table_quality(table: Tensor, decoded: Tensor, hidden: Tensor | None = None) 
         signal += float(one.square().sum())
         noise += float((one - other).square().sum())
         norms = one.norm(dim=1) * other.norm(dim=1)
-        cosines += float(((one * other).sum(1)[norms > 0] / norms[norms > 0]).sum())
-        counted += int((norms > 0).sum())
+        cosines += float(((one * other).sum(1) / torch.where(norms > 0, norms, 1.0)).sum())
+        counted += int(one.any(1).sum())
     relative = math.sqrt(noise / signal) if signal else 0.0 if not noise else math.inf
     sqnr = -20 * math.log10(relative) if 0 < relative < math.inf else math.inf if not relative else -math.inf
-    kl = None if hidden is None else mean_divergence(hidden @ table.T, hidden @ decoded.T)[0]
+    kl = None if hidden is None else _divergence(table.float(), decoded.float(), hidden.float())
     return TableQuality(relative, sqnr, cosines / counted if counted else 1.0, kl)
+
+
+def _divergence(table: Tensor, decoded: Tensor, hidden: Tensor) -> float:
+    """Mean over states, a few states' logits at a time."""
+    parts = hidden.split(max(1, LOGITS // len(table)))
+    return sum(mean_divergence(h @ table.T, h @ decoded.T)[0] * len(h) for h in parts) / len(hidden)
 
 
 def table_stats(tensor: CodebookTensor) -> TableStats:
     """What ``tensor`` takes, and how well its codes use it; rows that are kept have no codes that count."""
-    coded = tensor.unpacked() if tensor.slots is None else tensor.unpacked()[tensor.slots < 0]
-    form = tensor.format
+    form, (rows, width) = tensor.format, tensor.shape
+    counts = torch.zeros(form.stages, form.entries, dtype=torch.float64)
+    coded = torch.ones(rows, dtype=torch.bool) if tensor.slots is None else tensor.slots.cpu() < 0
+    for start, stop in row_chunks(rows, width):
+        part = unpack_codes(tensor.codes[start:stop].cpu(), form.bits, form.stages * form.codes(width))
+        part = part.unflatten(1, (form.stages, -1))[coded[start:stop]]
+        for stage in range(form.stages):
+            counts[stage] += torch.bincount(part[:, stage].reshape(-1).int(), minlength=form.entries)
     used, entropy = 0, 0.0
     for stage in range(form.stages):
-        counts = torch.bincount(coded[:, stage].reshape(-1).int(), minlength=form.entries).double()
-        shares = counts[counts > 0] / counts.sum()
+        shares = counts[stage][counts[stage] > 0] / counts[stage].sum()
         used += len(shares)
         entropy -= float((shares * shares.log2()).sum()) / form.dim
     bits = tensor.bits_per_weight

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ryzen_compile.numerics.blockwise import BlockTensor
-from ryzen_compile.numerics.codebook import CodebookFormat, CodebookTensor
+from ryzen_compile.numerics.codebook import CodebookTensor
 
 
 @torch.library.custom_op("ryzen::embedding_nbits", mutates_args=())
@@ -47,10 +47,11 @@ def codebook_embedding(
 
     ``group`` -1 stands for no scales. Raises ``UsageError`` for tensors that do not fit together, ``IndexError`` for an
     id that is no row's and for a slot beyond the kept rows.
+
+    Ids from -V to -1 are no row's here and in our native operator, which refuse them, and a row of NaN in the Triton
+    kernel. ONNX Runtime's own Gather, into which this lowers, counts them from the end instead, without an error.
     """
-    stages, _, dim = codebook.shape
-    form = CodebookFormat(bits, dim, stages, None if group == -1 else group)
-    table = CodebookTensor(form, (len(codes), width), codes, codebook, scales, gain, offset, slots, kept)
+    table = CodebookTensor.stored(codes, codebook, scales, gain, offset, slots, kept, width, bits, group)
     return table.rows(ids)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from ryzen_compile import ops
 from ryzen_compile.config import EmbeddingCompression
 from ryzen_compile.edit import Edit
-from ryzen_compile.errors import UsageError
+from ryzen_compile.errors import ConfigError, UsageError
 from ryzen_compile.interpret import interpret
 from ryzen_compile.numerics.blockwise import row_chunks
 from ryzen_compile.numerics.codebook import MOST_KEPT, CodebookFormat, CodebookTensor
@@ -31,6 +31,7 @@ from ryzen_compile.passes.base import NoMatch, Pass, PassResult, Promise, Site
 from ryzen_compile.program import Program, is_call, module_path, shape
 
 aten = torch.ops.aten
+KEEP = 0.01  # of the rows, where nothing is said
 NO_GROUP = -1  # the operator's word for "no scales"
 
 
@@ -47,10 +48,10 @@ class Lookup:
 class EmbeddingCompressor(Pass):
     """Compresses tables, by itself (``compress``) or in a Program (``apply``).
 
-    ``text`` (B, T) int64 says how often a token occurs. ``row_weights`` (V,) say instead what an error in each row
-    counts. ``special`` are ids of rows that are kept before any others (a tokenizer's own tokens stand in every text
-    that is generated from, and in few that are read). ``given`` are tables that were compressed already, by parameter
-    name. ``progress`` hears of shares done.
+    ``text`` (B, T) int64 says how often a token occurs. ``special`` are ids of rows that are kept before any others (a
+    tokenizer's own tokens stand in every text that is generated from, and in few that are read). ``row_weights`` (V,)
+    float32 by parameter name say what an error in each row counts, ``given`` are tables that were trained already, and
+    ``notes`` what is to be said of that. ``progress`` hears of shares done.
     """
 
     name: ClassVar[str] = "compress_embedding"
@@ -64,30 +65,37 @@ class EmbeddingCompressor(Pass):
         settings: EmbeddingCompression,
         *,
         text: Tensor | None = None,
-        row_weights: Tensor | None = None,
         special: Sequence[int] = (),
+        row_weights: Mapping[str, Tensor] | None = None,
         given: Mapping[str, CodebookTensor] | None = None,
+        notes: Mapping[str, str] | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         self.settings = settings
         self.max_kl = settings.max_kl
         self._text = text
-        self._row_weights = row_weights
         self._special = special
+        self._row_weights = row_weights or {}
         self._given = given or {}
+        self._notes = notes or {}
         self._progress = progress
 
     # --- one table
 
-    def compress(self, table: Tensor) -> CodebookTensor:
-        """``table`` (V, C) floating-point as the settings say. Raises ``UsageError`` for what cannot be stored so."""
+    def compress(self, table: Tensor, row_weights: Tensor | None = None) -> CodebookTensor:
+        """``table`` (V, C) floating-point as the settings say; ``row_weights`` (V,) in place of the text's counts.
+
+        Nothing is trained here. Raises ``UsageError`` for what cannot be stored so.
+        """
         rows, width = (int(size) for size in table.shape) if table.ndim == 2 else (0, 0)
         if not rows:
             raise UsageError(f"a table must be a matrix with rows, got {tuple(table.shape)}")
         form, kept = self._format(rows, width)
-        weights = self._weights(rows)
+        weights = self._counts(rows) if row_weights is None else row_weights
         keep = costliest(table, weights, kept, self._special) if kept else None
-        return fit_codebook(table, form, FitSettings(row_weights=weights, keep=keep), self._progress)
+        plain = self.settings.method == "dkm"  # draws weights by plain distances, which a gain would change
+        settings = FitSettings(channel_gain=not plain, row_weights=weights, keep=keep)
+        return fit_codebook(table, form, settings, self._progress)
 
     def decompress(self, tensor: CodebookTensor) -> Tensor:
         """The table (V, C) float32 that ``tensor`` stands for."""
@@ -109,14 +117,13 @@ class EmbeddingCompressor(Pass):
         settings = self.settings
         if settings.ratio is not None:
             return format_for_ratio(settings.ratio, rows, width)
-        form = CodebookFormat(settings.bits, settings.cluster_dim, settings.stages, settings.group)
+        form = CodebookFormat(settings.bits or 8, settings.cluster_dim or 2, settings.stages, settings.group)
         form.check(width)
-        return form, min(round(settings.keep * rows), MOST_KEPT)
+        keep = KEEP if settings.keep is None else settings.keep
+        return form, min(round(keep * rows), MOST_KEPT)
 
-    def _weights(self, rows: int) -> Tensor | None:
-        """(V,) float32: given, or how often a token occurs, once more than it was seen; none where all are alike."""
-        if self._row_weights is not None:
-            return self._row_weights
+    def _counts(self, rows: int) -> Tensor | None:
+        """(V,) float32: how often a token occurs, once more than it was seen; none where all rows are alike."""
         if self._text is None or self.settings.weighting == "none":
             return None
         return torch.bincount(self._text.reshape(-1), minlength=rows)[:rows].float() + 1
@@ -136,21 +143,32 @@ class EmbeddingCompressor(Pass):
         for lookup in lookups:
             table: Tensor = interpret(program, {}, [lookup.table])[0]
             tensor = self._given.get(lookup.name)
-            tensor = self.compress(table) if tensor is None else tensor
+            if tensor is None:
+                self._expect_prepared(lookup)
+                tensor = self.compress(table, self._row_weights.get(lookup.name))
             _rewrite(edit, lookup, tensor, nodes)
             hits.append(Site(lookup.nodes[0].name, module_path(lookup.nodes[0]), self._note(lookup, table, tensor)))
         left = [Site(m.node.name, module_path(m.node), m.reason) for m in misses]
         return PassResult(edit.finish() if hits else program, tuple(hits), tuple(left))
+
+    def _expect_prepared(self, lookup: Lookup) -> None:
+        settings = self.settings
+        if settings.method == "dkm" or (settings.weighting == "fisher" and lookup.name not in self._row_weights):
+            raise ConfigError(
+                f"the embedding's settings ask for what {lookup.name} has to be prepared for with the model at hand",
+                hint="use optimize() or export(), or train.embedding.prepare_compressor before the passes run",
+            )
 
     def _note(self, lookup: Lookup, table: Tensor, tensor: CodebookTensor) -> str:
         form, stats = tensor.format, self.stats(tensor)
         quality = self.validate(table, tensor)
         stages = f", {form.stages} stages" if form.stages > 1 else ""
         kept = f", {stats.kept} rows kept" if stats.kept else ""
-        tied = f"; tied: the head keeps {len(table)} rows of its own" if lookup.tied else ""
+        tied = f"; tied to a head, which keeps its own weights: {tensor.nbytes:,} bytes more" if lookup.tied else ""
+        trained = f"; {note}" if (note := self._notes.get(lookup.name)) else ""
         return (
             f"{lookup.name}: {form.bits} bits for {form.dim} weight(s){stages}{kept}, {stats.bits:.2f} bits per weight "
-            f"in all, {stats.ratio:.1f} times smaller, relative error {quality.relative_error:.2%}{tied}"
+            f"in all, {stats.ratio:.1f} times smaller, relative error {quality.relative_error:.2%}{trained}{tied}"
         )
 
 
@@ -208,7 +226,7 @@ def costliest(table: Tensor, weights: Tensor | None, count: int, first: Sequence
     Codes leave every row about the same share of its size as an error, so what counts is the row's squared distance
     from the mean row, times its weight.
     """
-    mean = table.float().mean(0)
+    mean = table.mean(0, dtype=torch.float32)
     costs = torch.cat([(table[a:b].float() - mean).square().sum(1) for a, b in row_chunks(*table.shape)])
     if weights is not None:
         costs *= weights

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from ryzen_compile.calibration import Calibration
 from ryzen_compile.config import EmbeddingCompression
 from ryzen_compile.errors import ConfigError
 from ryzen_compile.numerics.codebook import CodebookTensor
-from ryzen_compile.passes.compress_embedding import EmbeddingCompressor, Lookup, find_lookups
+from ryzen_compile.passes.canonicalize import Canonicalize
+from ryzen_compile.passes.compress_embedding import EmbeddingCompressor, find_lookups
 from ryzen_compile.program import Program
-from ryzen_compile.train.dkm_finetune import FinetuneSettings, dkm_finetune
+from ryzen_compile.train.dkm_finetune import FinetuneResult, FinetuneSettings, dkm_finetune
+from ryzen_compile.train.lookup import find_table
 from ryzen_compile.train.row_fisher import row_fisher
 
 FISHER_WINDOWS = 64
@@ -32,42 +33,42 @@ def prepare_compressor(
     The model is left as it was. Raises ``ConfigError`` for a method that reads text where there is none.
     """
     text = None if calibration is None or calibration.long is None else calibration.long[:, : program.spec.context]
-    if text is None and (settings.method == "dkm" or settings.weighting == "fisher"):
-        asked = "method 'dkm'" if settings.method == "dkm" else "weighting 'fisher'"
+    if text is None and settings.reads_text:
         raise ConfigError(
-            f"embedding {asked} reads text, and the model came without a tokenizer", hint="use method 'kmeans'"
+            f"method {settings.method!r} with weighting {settings.weighting!r} of the embedding reads text, got none",
+            hint="read_calibration with this recipe gives it",
         )
-    lookups, _ = find_lookups(program)
     say = progress or _silent
-    weights = None
-    if text is not None and settings.weighting == "fisher" and lookups:
-        say("weighing the table's rows")
-        weights = row_fisher(model, lookups[0].name, text[:FISHER_WINDOWS])
     special = () if calibration is None else calibration.special
-    compressor = EmbeddingCompressor(
-        settings, text=text, row_weights=weights, special=special, progress=_by_tenths(say, "compressing the table")
-    )
-    if text is None or settings.method == "kmeans":
-        return compressor
-    given = {lookup.name: _trained(model, lookup, compressor, settings, text, say) for lookup in lookups}
-    return EmbeddingCompressor(settings, text=text, row_weights=weights, given=given)
+    if text is None or not settings.reads_text:
+        hear = _by_tenths(say, "compressing the table")
+        return EmbeddingCompressor(settings, text=text, special=special, progress=hear)
+    # Some models reshape their ids first: canonicalize removes that.
+    names = [lookup.name for lookup in find_lookups(Canonicalize().run(program).program)[0]]
+    weights: dict[str, Tensor] = {}
+    if settings.weighting == "fisher":
+        say("weighing the table's rows")
+        weights = {name: row_fisher(model, name, text[:FISHER_WINDOWS]) for name in names}
+    given: dict[str, CodebookTensor] = {}
+    notes: dict[str, str] = {}
+    if settings.method == "dkm":
+        for name in names:
+            compressor = EmbeddingCompressor(
+                settings, text=text, special=special, progress=_by_tenths(say, f"compressing {name}")
+            )
+            start = compressor.compress(find_table(model, name).detach(), weights.get(name))
+            trained = FinetuneSettings(settings.steps)
+            result = dkm_finetune(model, name, start, text, trained, _by_tenths(say, f"training {name}"))
+            given[name], notes[name] = result.table, _outcome(result, settings.steps)
+    return EmbeddingCompressor(settings, text=text, special=special, row_weights=weights, given=given, notes=notes)
 
 
-def _trained(
-    model: nn.Module,
-    lookup: Lookup,
-    compressor: EmbeddingCompressor,
-    settings: EmbeddingCompression,
-    text: Tensor,
-    say: Say,
-) -> CodebookTensor:
-    with torch.no_grad():
-        start = compressor.compress(dict(model.named_parameters(remove_duplicate=False))[lookup.name].detach())
-    result = dkm_finetune(
-        model, lookup.name, start, text, FinetuneSettings(settings.steps), _by_tenths(say, "training the table")
-    )
-    say(f"trained the table: mean KL {result.kl_before:.3g} -> {result.kl_after:.3g} nats per token on other text")
-    return result.table
+def _outcome(result: FinetuneResult, steps: int) -> str:
+    """What training brought, for the record."""
+    moved = f"mean KL {result.kl_before:.3g} -> {result.kl_after:.3g} nats per token on text not trained on"
+    if result.kl_after < result.kl_before:
+        return f"trained for {steps} steps, {moved}"
+    return f"trained for {steps} steps, which did not help ({moved}): as k-means left it"
 
 
 def _silent(step: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,23 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from ryzen_compile.backends.onnxruntime import claim_lookup
 from ryzen_compile.backends.onnxruntime.claim import claim
 from ryzen_compile.backends.onnxruntime.claim_report import KINDS
 from ryzen_compile.backends.onnxruntime.codebook_lookup import Lookup
 from ryzen_compile.backends.onnxruntime.emit import Emitter
-from ryzen_compile.backends.onnxruntime.structure import MOST_NODES, Structures
+from ryzen_compile.numerics import codebook
+from ryzen_compile.ops import codebook_embedding
 
 ROWS, KEPT = 9, 2
 EVERYTHING = Lookup(24, 4, 2, 2, 8, gain=True, offset=True, kept=True)
 SHIFTED = Lookup(40, 3, 2, 1, 0, gain=True, offset=False, kept=False)
 ELSE = "its function computes something else than rows of a table of codes"
+NO_CODEBOOK = "not 1 or 2 stages of 2 to 256 entries of 1, 2, 4 or 8 weights"
+LONG = "its rows of 1048576 bytes have no channels or more than 1048576"
 Parts = dict[str, np.ndarray]
 
 
@@ -109,7 +115,7 @@ def test_a_lookup_becomes_our_operator(form: Lookup) -> None:
 
 
 def test_a_function_is_known_by_what_it_computes() -> None:
-    """Another name, other names of values, another order, and steps that nobody reads."""
+    """Another name, other names of values, and another order."""
     model = model_of(EVERYTHING)
     function = model.functions[0]
     function.name = model.graph.node[0].op_type = "Something"
@@ -121,9 +127,8 @@ def test_a_function_is_known_by_what_it_computes() -> None:
     function.input[:], function.output[:] = [renamed[n] for n in function.input], [renamed[n] for n in function.output]
     constants = [node for node in function.node if node.op_type == "Constant"]
     rest = [node for node in function.node if node.op_type != "Constant"]
-    unread = helper.make_node("Neg", [constants[0].output[0]], ["unread"])
     del function.node[:]
-    function.node.extend([*reversed(constants), unread, *rest])
+    function.node.extend([*reversed(constants), *rest])
     assert only(model).op_type == "CodebookEmbedding"
 
 
@@ -156,6 +161,13 @@ def test_every_call_of_a_function_is_claimed_for_itself() -> None:
 def test_switched_off_lookups_stay() -> None:
     model, report = claim(model_of(EVERYTHING), kinds=KINDS - {"embedding"})
     assert model.graph.node[0].op_type == "CodebookLookup" and report.left == (("/table", "switched off"),)
+
+
+def test_functions_that_could_read_codes_have_a_reason_to_stay() -> None:
+    """By the types of what they read: that nothing is said of them would be found by nobody."""
+    for name, array in (("codes", np.ones(8, np.uint8)), ("codebook", np.ones((), np.float32))):
+        report = claim(model_of(EVERYTHING, random_parts(EVERYTHING) | {name: array}))[1]
+        assert len(report.left) == 1 and report.whole == frozenset()
 
 
 def test_functions_that_read_no_codes_are_none_of_these() -> None:
@@ -198,25 +210,8 @@ def _without_allowzero(f: FunctionProto) -> None:
     del find(f, "Reshape", last=True).attribute[:]
 
 
-def _an_attribute_twice(f: FunctionProto) -> None:
-    node = find(f, "Concat")
-    node.attribute.append(helper.make_attribute("axis", 0))
-
-
-def _an_attribute_of_any_name(f: FunctionProto) -> None:
-    find(f, "Mul").attribute.extend(helper.make_attribute(name, 1) for name in ("self", "op_type", "inputs"))
-
-
 def _another_domain(f: FunctionProto) -> None:
     find(f, "Mul").domain = "com.microsoft"
-
-
-def _an_attribute_of_its_own(f: FunctionProto) -> None:
-    f.attribute.append("alpha")
-
-
-def _a_referred_attribute(f: FunctionProto) -> None:
-    find(f, "Concat").attribute[0].ref_attr_name = "alpha"
 
 
 def _another_opset(f: FunctionProto) -> None:
@@ -227,6 +222,10 @@ def _no_opset(f: FunctionProto) -> None:
     del f.opset_import[:]
 
 
+def _two_opsets(f: FunctionProto) -> None:
+    f.opset_import.append(helper.make_opsetid("ai.onnx", 13))
+
+
 def _two_outputs(f: FunctionProto) -> None:
     f.output.append(f.node[-2].output[0])
 
@@ -235,38 +234,22 @@ def _another_output(f: FunctionProto) -> None:
     f.output[0] = find(f, "Add", last=True).output[0]
 
 
-def _an_output_from_nowhere(f: FunctionProto) -> None:
-    f.output[0] = "nothing"
+def _a_step_that_nobody_reads(f: FunctionProto) -> None:
+    f.node.append(helper.make_node("Gather", [f.input[1], f.input[1]], ["unread"]))
 
 
-def _a_value_twice(f: FunctionProto) -> None:
-    f.node[-1].output[0] = f.node[0].output[0]
+def _a_step_of_its_own_twice(f: FunctionProto) -> None:
+    twice = NodeProto()
+    twice.CopyFrom(f.node[0])
+    twice.output[0] = "unread"
+    f.node.append(twice)
 
 
-def _an_input_from_nowhere(f: FunctionProto) -> None:
-    f.node[0].input.append("nothing")
-
-
-def _inputs_of_one_name(f: FunctionProto) -> None:
-    f.input[1] = f.input[0]
-
-
-def _an_external_constant(f: FunctionProto) -> None:
-    tensor = find(f, "Constant").attribute[0].t
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="../secret")
-
-
-def _a_constant_in_numbers(f: FunctionProto) -> None:
-    tensor = find(f, "Constant").attribute[0].t
-    tensor.CopyFrom(helper.make_tensor("", TensorProto.INT64, [1], [-1]))
-
-
-def _too_long(f: FunctionProto) -> None:
-    f.node.extend(helper.make_node("Neg", [f.node[0].output[0]], [f"n{i}"]) for i in range(MOST_NODES))
-
-
-CHANGES = [value for name, value in sorted(globals().items()) if name.startswith("_") and callable(value)]
+CHANGES = (
+    *(_sum_for_product, _other_order, _same_stage_twice, _in_half_precision, _without_allowzero, _another_domain),
+    *(_another_opset, _no_opset, _two_opsets, _two_outputs, _another_output),
+    *(_a_step_that_nobody_reads, _a_step_of_its_own_twice),
+)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -303,13 +286,6 @@ def test_a_body_for_another_form_of_table_is_told_by_the_tensors() -> None:
     assert list(only(with_body_of(SHIFTED, offset)).input)[4:] == ["", "gain"]  # whatever it is called, it is added
 
 
-def test_structures_tell_what_is_left_out_from_what_is_there() -> None:
-    s = Structures()
-    x, y = s.input(0), s.input(1)
-    assert s.op("Clip", x, None, y) == s.op("Clip", x, None, y) != s.op("Clip", x, y, None)
-    assert s.ints(1) == s.ints(1) and len({s.ints(1), s.constant(1, np.int64), s.constant([1.0]), s.ints(1, 0)}) == 4
-
-
 # --- tables that do not fit
 
 
@@ -325,15 +301,29 @@ def cut(name: str, *sizes: int) -> Callable[[Parts], Any]:
     ("change", "reason"),
     [
         (cut("codes", 3), "its scales are [9, 3] of type 10, not [3, 3] of type 10"),
+        (cut("codes", 0), "its codes are [0, 12], not rows of bytes"),
+        (lambda parts: parts.update(codes=parts["codes"].reshape(-1)), "its codes are [108], not rows of bytes"),
         (cut("codes", ROWS, 5), ELSE),
-        (cut("codes", ROWS, 0), ELSE),
+        (cut("codes", ROWS, 0), "its rows of 0 bytes have no channels or more than 1048576"),
+        (lambda parts: parts.update(codes=np.zeros((1, 1 << 20), np.uint8)), LONG),
         (cut("codebook", 1), ELSE),
-        (cut("codebook", 2, 15), ELSE),
-        (cut("codebook", 2, 0), ELSE),
+        (cut("codebook", 2, 15), f"its codebook is [2, 15, 2], {NO_CODEBOOK}"),
+        (cut("codebook", 2, 0), f"its codebook is [2, 0, 2], {NO_CODEBOOK}"),
+        (cut("codebook", 0), f"its codebook is [0, 16, 2], {NO_CODEBOOK}"),
+        (
+            lambda parts: parts.update(codebook=np.ones((3, 16, 2), np.float32)),
+            f"its codebook is [3, 16, 2], {NO_CODEBOOK}",
+        ),
+        (
+            lambda parts: parts.update(codebook=np.ones((2, 16, 3), np.float32)),
+            f"its codebook is [2, 16, 3], {NO_CODEBOOK}",
+        ),
+        (lambda parts: parts.update(codebook=parts["codebook"][0]), f"its codebook is [16, 2], {NO_CODEBOOK}"),
         (cut("codebook", 2, 16, 1), ELSE),
-        (astype("scales", np.float32), ELSE),
+        (astype("scales", np.float32), "its scales are [9, 3] of type 1, not [9, groups] of type 10"),
         (cut("scales", ROWS, 2), ELSE),
-        (cut("scales", ROWS, 0), ELSE),
+        (cut("scales", ROWS, 0), "its scales are [9, 0] of type 10, not [9, groups] of type 10"),
+        (cut("kept", 0), "it keeps 0 rows"),
         (cut("gain", 23), "its gain are [23] of type 1, not [24] of type 1"),
         (astype("offset", np.float64), "its offset are [24] of type 11, not [24] of type 1"),
         (astype("slots", np.int32), "its slots are [9] of type 6, not [9] of type 5"),
@@ -354,6 +344,10 @@ def test_ids_that_ours_does_not_take_stay() -> None:
     assert claim(model_of(EVERYTHING, ids=TensorProto.INT32))[1].left[0][1] == "its ids are of type 6"
     assert claim(model_of(EVERYTHING, rank=8))[1].left[0][1] == "its ids have 8 dimensions"
     assert claim(model_of(EVERYTHING, rank=7))[1].left == ()
+    for unknown in (None, [None] * 8):
+        model = model_of(EVERYTHING)
+        model.graph.input[0].CopyFrom(helper.make_tensor_value_info("ids", TensorProto.INT64, unknown))
+        assert claim(model)[1].left[0][1] == "the shape of its ids is not known"
 
 
 def test_a_table_that_a_caller_may_replace_stays() -> None:
@@ -376,7 +370,64 @@ def test_a_table_of_absurd_size_is_not_worked_out() -> None:
     model = model_of(SHIFTED)
     tensor = next(t for t in model.graph.initializer if t.name == "codes")
     tensor.dims[:], tensor.raw_data = [0, 1 << 59], b""
-    assert claim(model)[1].left == (("/table", ELSE),)
+    assert claim(model)[1].left == (("/table", f"its codes are [0, {1 << 59}], not rows of bytes"),)
+
+
+def test_the_limits_are_those_of_the_format() -> None:
+    assert (claim_lookup.BITS, claim_lookup.DIMS, claim_lookup.STAGES) == (
+        codebook.CODE_BITS,
+        codebook.DIMS,
+        codebook.STAGES,
+    )
+    assert claim_lookup.MOST_CHANNELS == codebook.MOST_CHANNELS and claim_lookup.MOST_KEPT == codebook.MOST_KEPT
+
+
+def bodies_built(model: ModelProto, monkeypatch: pytest.MonkeyPatch) -> list[Lookup]:
+    """The forms for which claiming ``model`` builds a body."""
+    built: list[Lookup] = []
+    body = Lookup.body
+
+    def counted(form: Lookup, *values: Any) -> Any:
+        built.append(form)
+        return body(form, *values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Lookup, "body", counted)
+        claim(model)
+    return built
+
+
+BOOKS = {"codebook": np.ones((2, 8, 1), np.float32)}
+
+
+def called_often(model: ModelProto, times: int) -> ModelProto:
+    for i in range(times):
+        node = NodeProto()
+        node.CopyFrom(model.graph.node[0])
+        node.name, node.output[0] = f"/more{i}", f"more{i}"
+        model.graph.node.append(node)
+    return model
+
+
+def test_many_calls_over_tables_of_one_shape_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = called_often(model_of(SHIFTED), 30)
+    assert claim(model)[1].claimed == {"CodebookEmbedding": 31}
+    alone = bodies_built(model_of(SHIFTED), monkeypatch)
+    assert bodies_built(model, monkeypatch) == alone
+    unlike = called_often(with_body_of(SHIFTED, replace(SHIFTED, group=8)), 30)
+    assert len(bodies_built(unlike, monkeypatch)) == 6  # of three widths, with a gain or an offset
+
+
+def test_no_body_is_built_that_is_larger_than_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The constants of a long row's body take time, whatever the function: here, a single node."""
+    form = Lookup(1 << 20, 3, 1, 2, -1, gain=False, offset=False, kept=False)
+    model = model_of(replace(form, width=40), {"codes": np.zeros((1, form.row_bytes), np.uint8)} | BOOKS)
+    function = model.functions[0]
+    del function.node[:]
+    function.node.append(helper.make_node("Identity", [function.input[2]], [function.output[0]]))
+    called_often(model, 30)
+    assert len(claim(model)[1].left) == 31 and {why for _, why in claim(model)[1].left} == {ELSE}
+    assert bodies_built(model, monkeypatch) == []
 
 
 # --- over the real library
@@ -403,13 +454,36 @@ def test_a_claimed_lookup_gives_the_same_bits(library: Path, form: Lookup) -> No
             assert want.shape == got.shape == (*shape, form.width) and want.tobytes() == got.tobytes()
 
 
-@pytest.mark.parametrize("slot", [KEPT, 32767, -2])
+@pytest.mark.parametrize("slot", [KEPT, 32767])
 def test_slots_beyond_what_is_kept_are_an_error(library: Path, slot: int) -> None:
     parts = random_parts(EVERYTHING)
     parts["slots"][5] = slot
     model = claim(model_of(EVERYTHING, parts))[0]
     with pytest.raises(Exception, match=r"\[ONNXRuntimeError\]"):
         session(model, library).run(None, {"ids": np.arange(ROWS)[None]})
+
+
+@pytest.mark.parametrize("slot", [-2, -32768])
+def test_any_negative_slot_is_a_coded_row_everywhere(library: Path, slot: int) -> None:
+    parts = random_parts(EVERYTHING)
+    parts["slots"][5] = slot
+    given = model_of(EVERYTHING, parts)
+    ids = np.arange(ROWS)[None]
+    stock, ours = (one.run(None, {"ids": ids})[0] for one in (session(given), session(claim(given)[0], library)))
+    names = ("codes", "codebook", "scales", "gain", "offset", "slots", "kept")
+    tensors = [torch.from_numpy(parts[name]) for name in names]
+    want = codebook_embedding(torch.from_numpy(ids), *tensors, EVERYTHING.width, EVERYTHING.bits, EVERYTHING.group)
+    assert stock.tobytes() == ours.tobytes() == want.numpy().tobytes()
+
+
+def test_ids_from_the_end_are_rows_to_gather_alone(library: Path) -> None:
+    """The one difference: ours, as the reference, takes ids of rows, 0 to V - 1, and no others."""
+    given = model_of(EVERYTHING)
+    stock, ours = session(given), session(claim(given)[0], library)
+    (last,) = stock.run(None, {"ids": np.array([[ROWS - 1]])})
+    assert stock.run(None, {"ids": np.array([[-1]])})[0].tobytes() == last.tobytes()
+    with pytest.raises(Exception, match="outside of the table"):
+        ours.run(None, {"ids": np.array([[-1]])})
 
 
 @pytest.mark.parametrize("row", [-1, ROWS, 1 << 40, -(1 << 63)])

@@ -22,6 +22,8 @@ from ryzen_compile.backends.eager import EagerEngine
 from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend
 from ryzen_compile.backends.onnxruntime.artifact_check import check_model
 from ryzen_compile.backends.onnxruntime.codebook_lookup import Lookup
+from ryzen_compile.backends.onnxruntime.codebook_lookup import codebook_embedding as rule
+from ryzen_compile.backends.onnxruntime.emit import Emitter
 from ryzen_compile.backends.onnxruntime.lowering import lower
 from ryzen_compile.backends.onnxruntime.session import SessionOptions
 from ryzen_compile.backends.onnxruntime.weights_file import WeightsFiles
@@ -90,8 +92,7 @@ class Tables(nn.Module):
         out = []
         for i, table in enumerate(self.tables):
             form, parts = table.format, (getattr(self, f"{name}_{i}") for name in PARTS)
-            group = -1 if form.group is None else form.group
-            out.append(ops.codebook_embedding(ids, *parts, table.shape[1], form.bits, group))
+            out.append(ops.codebook_embedding(ids, *parts, table.shape[1], form.bits, form.group_argument))
         return tuple(out)
 
 
@@ -169,9 +170,8 @@ def with_codes(program: Program, table: CodebookTensor) -> Program:
     """``program`` with its embedding read from ``table``."""
     edit = Edit(program, "test")
     node = next(n for n in edit.graph.nodes if n.target is torch.ops.aten.embedding.default)
-    group = -1 if table.format.group is None else table.format.group
     parts = [None if (value := getattr(table, name)) is None else edit.add_constant(name, value) for name in PARTS]
-    rest = (table.shape[1], table.format.bits, group)
+    rest = (table.shape[1], table.format.bits, table.format.group_argument)
     edit.replace(node, edit.call(ops.codebook_embedding, node.args[1], *parts, *rest, before=node))
     return edit.finish()
 
@@ -223,7 +223,7 @@ def far_beyond_kept(parts: dict[str, np.ndarray]) -> None:
     parts["slots"][:] = 32767
 
 
-def nothing_kept(parts: dict[str, np.ndarray]) -> None:
+def nothing_kept_but_asked_for(parts: dict[str, np.ndarray]) -> None:
     parts["kept"] = parts["kept"][:0]
 
 
@@ -256,7 +256,16 @@ def few_slots(parts: dict[str, np.ndarray]) -> None:
 
 
 DAMAGES = (
-    *(beyond_kept, far_beyond_kept, nothing_kept, short_codes, few_codes, small_codebook, one_stage, few_scales),
+    *(
+        beyond_kept,
+        far_beyond_kept,
+        nothing_kept_but_asked_for,
+        short_codes,
+        few_codes,
+        small_codebook,
+        one_stage,
+        few_scales,
+    ),
     *(short_gain, few_slots),
 )
 
@@ -271,6 +280,15 @@ def test_a_damaged_table_is_an_error_of_the_runtime(
         opened(model).run(None, {"ids": np.arange(ROWS)[None]})
 
 
+def test_a_codebook_of_unknown_shape_is_refused() -> None:
+    shapes = (None, ir.Shape([1, 256]), ir.Shape([1, "entries", 2]))
+    for shape in shapes:
+        ids, codes, codebook = (ir.Value(name=name) for name in ("ids", "codes", "codebook"))
+        codebook.shape = shape
+        with pytest.raises(ValueError, match="the shape of codebook must be static"):
+            rule(Emitter(), ids, codes, codebook, *[None] * 5, width=8, bits=8, group=-1)
+
+
 @pytest.mark.parametrize("row", [ROWS, 1 << 40, -ROWS - 1])
 def test_an_id_outside_of_the_table_is_an_error(row: int, tmp_path: Path) -> None:
     session = opened(lowered([stored(CodebookFormat(8, 2, 1, 0), 24)], tmp_path))
@@ -279,12 +297,19 @@ def test_an_id_outside_of_the_table_is_an_error(row: int, tmp_path: Path) -> Non
 
 
 def test_nothing_of_a_body_is_folded_into_a_table(tmp_path: Path) -> None:
-    """The runtime folds what is constant when it loads a model: that must never be the decoded table."""
-    path = lowered([stored(CodebookFormat(4, 2, 2, 8), 40, *ALL)], tmp_path)
+    """The runtime folds what is constant when it loads a model: that must never be the decoded table, or a part."""
+    rows = 512
+    table = stored(CodebookFormat(4, 2, 2, 8), 40, *ALL, rows=rows)
+    path = lowered([table], tmp_path)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 4
     onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    model = ir.load(tmp_path / "optimized.onnx")
-    rows = [v for v in model.graph.initializers.values() if v.shape is not None and ROWS in v.shape]
-    assert sorted(value.name or "" for value in rows) == ["codes_0", "scales_0", "slots_0"]
+    folded = onnx.load(tmp_path / "optimized.onnx")
+    tensors = [
+        *folded.graph.initializer,
+        *(a.t for node in folded.graph.node for a in node.attribute if a.HasField("t")),
+    ]
+    held = sum(numpy_helper.to_array(tensor).nbytes for tensor in tensors)
+    of_bytes = 2 * 256 * 4 * 4  # what a byte stands for: of each stage, two codes' entries
+    assert table.nbytes <= held < table.nbytes + of_bytes + 4096 < table.nbytes + rows * 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from ryzen_compile import kernels, ops
-from ryzen_compile.errors import UnsupportedError
+from ryzen_compile.errors import UnsupportedError, UsageError
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -56,6 +57,50 @@ print(ops.codebook_embedding(*tensors, None, None, None, None, None, 2, 8, -1).t
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert child.stdout.strip() == "[[0.0, 3.0], [nan, nan], [2.0, 1.0]]", child.stderr
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "CUDA", "hip", "xpu", ""])
+def test_attach_knows_two_devices(device):
+    with pytest.raises(UsageError, match="device must be cuda or cpu, got"):
+        kernels.attach(device)
+
+
+WITHOUT_INTERPRETER = """
+import sys
+import torch
+from ryzen_compile import kernels, ops
+from ryzen_compile.errors import UnsupportedError
+if sys.argv[1] == "without triton":
+    sys.modules["triton"] = None
+try:
+    kernels.attach("cpu")
+except UnsupportedError as error:
+    print(error)
+codes, codebook = torch.tensor([[2, 1], [0, 3]], dtype=torch.uint8), torch.arange(256.).view(1, 256, 1)
+print(ops.codebook_embedding(torch.tensor([1]), codes, codebook, None, None, None, None, None, 2, 8, -1).tolist())
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("without interpreter", "Triton's interpreter is off; set TRITON_INTERPRET=1 in the environment"),
+        ("without triton", "triton cannot be imported: "),
+    ],
+)
+def test_attach_to_a_cpu_needs_the_interpreter_and_breaks_nothing(given, reason):
+    pytest.importorskip("triton")
+    child = subprocess.run(
+        [sys.executable, "-c", WITHOUT_INTERPRETER, given],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+    )
+    first, *rest = child.stdout.splitlines() or [""]
+    assert first.startswith(f"Triton kernels cannot run on cpu here: {reason}"), child.stderr
+    assert rest == ["[[0.0, 3.0]]"], child.stderr
 
 
 def test_importing_kernels_imports_no_triton():

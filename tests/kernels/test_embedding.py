@@ -158,10 +158,11 @@ def test_an_id_outside_the_table_gives_nan_and_is_not_followed(embedding, there)
 def test_a_slot_beyond_the_kept_rows_gives_nan_and_is_not_followed(embedding):
     stored = table(CodebookFormat(8, 2, 1), 6)
     slots = torch.full((V,), -1, dtype=torch.int16)
-    slots[3], slots[4], slots[5] = 1, 2, 32767
+    slots[3], slots[4], slots[5], slots[6] = 1, 2, 32767, -300
     got = embedding.codebook_embedding(torch.arange(V, device=DEVICE), *arguments(stored, slots=slots.to(DEVICE))).cpu()
     assert got.isnan().all(1).nonzero().flatten().tolist() == [4, 5]
     assert torch.equal(got[3], stored.rows(torch.tensor(KEPT[1])))
+    assert torch.equal(got[6], stored.rows(torch.tensor(6)))  # coded, as with any negative slot
 
 
 @pytest.mark.parametrize(

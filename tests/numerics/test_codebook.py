@@ -17,6 +17,7 @@ from ryzen_compile.numerics import blockwise
 from ryzen_compile.numerics.codebook import (
     CODE_BITS,
     DIMS,
+    MOST_CHANNELS,
     STAGES,
     CodebookFormat,
     CodebookTensor,
@@ -173,6 +174,22 @@ def test_widths_that_do_not_divide_are_refused(form: CodebookFormat, width: int)
         form.check(width)
 
 
+def test_rows_longer_than_any_backend_takes_are_refused() -> None:
+    CodebookFormat().check(MOST_CHANNELS)
+    with pytest.raises(UsageError, match="rows of 1048578 weights are too long, the most are 1048576"):
+        CodebookFormat().check(MOST_CHANNELS + 2)
+
+
+@pytest.mark.parametrize("group", [None, 0, 8])
+def test_what_an_operator_is_given_comes_back(group: int | None) -> None:
+    form = CodebookFormat(4, 2, 2, group)
+    tensor = CodebookTensor.from_codes(**random_parts(form, 6, 16), form=form, width=16)
+    names = ("codes", "codebook", "scales", "gain", "offset", "slots", "kept")
+    back = CodebookTensor.stored(*map(tensor.tensors.get, names), 16, 4, form.group_argument)
+    assert (back.format, back.shape, back.tensors) == (form, tensor.shape, tensor.tensors)
+    assert form.group_argument == (-1 if group is None else group)
+
+
 def replaced(**changes: Any) -> dict[str, Any]:
     return random_parts(CodebookFormat(4, 2, 1, 0), 6, 8) | changes
 
@@ -224,3 +241,12 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         CodebookTensor(form, good.shape, good.codes, good.codebook, slots=torch.zeros(6, dtype=torch.int16))
     with pytest.raises(UsageError, match=r"packed in uint8, got torch\.int32"):
         CodebookTensor(form, good.shape, good.codes.int(), good.codebook)
+    slots, kept = torch.full((6,), -1, dtype=torch.int16), torch.zeros(1, 8)
+    with pytest.raises(UsageError, match="kept must have 1 to 32767 rows, got 0"):
+        CodebookTensor(form, good.shape, good.codes, good.codebook, slots=slots, kept=kept[:0])
+    with pytest.raises(UsageError, match="kept must have 1 to 32767 rows, got 32768"):
+        CodebookTensor(form, good.shape, good.codes, good.codebook, slots=slots, kept=kept.expand(32768, 8))
+    with pytest.raises(UsageError, match=r"kept must be \(1, 8\), got \(\)"):
+        CodebookTensor(form, good.shape, good.codes, good.codebook, slots=slots, kept=torch.tensor(1.0))
+    with pytest.raises(UsageError, match=r"slots must be int16, got torch\.float32"):
+        CodebookTensor(form, good.shape, good.codes, good.codebook, slots=slots.float(), kept=kept)

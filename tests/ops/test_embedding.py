@@ -54,9 +54,8 @@ def codebook_table(form: CodebookFormat, rows: int, width: int, *, whole: bool =
 
 
 def arguments(t: CodebookTensor, ids: torch.Tensor) -> tuple[object, ...]:
-    group = -1 if t.format.group is None else t.format.group
     tensors = (t.codes, t.codebook, t.scales, t.gain, t.offset, t.slots, t.kept)
-    return ids, *tensors, t.shape[1], t.format.bits, group
+    return ids, *tensors, t.shape[1], t.format.bits, t.format.group_argument
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -96,3 +95,26 @@ def test_what_a_codebook_table_does_not_have_is_an_error() -> None:
         ops.codebook_embedding(ids, *rest[:5], t.slots + 9, *rest[6:])
     with pytest.raises(UsageError, match="codes must be"):
         ops.codebook_embedding(ids, *rest[:7], 24, *rest[8:])
+
+
+def test_what_an_operator_is_given_wrongly_is_a_usage_error() -> None:
+    t = codebook_table(CodebookFormat(3, 4, 1, 0), 5, 16)
+    ids, *rest = arguments(t, torch.tensor([0, 1]))
+    for wrong in (ids.float(), ids.bool()):
+        with pytest.raises(UsageError, match="ids must be integers"):
+            ops.codebook_embedding(wrong, *rest)
+    for codes, codebook in ((t.codes[:, 0], t.codebook), (t.codes, t.codebook[0])):
+        with pytest.raises(UsageError, match=r"codebook must be \(stages, entries, dim\) and codes \(V, row bytes\)"):
+            ops.codebook_embedding(ids, codes, codebook, *rest[2:])
+    with pytest.raises(UsageError, match="group must be"):
+        ops.codebook_embedding(ids, *rest[:-1], -2)
+
+
+def test_any_negative_slot_is_a_coded_row() -> None:
+    t = codebook_table(CodebookFormat(3, 4, 1, 0), 5, 16)
+    assert t.slots is not None
+    _, *rest = arguments(t, torch.tensor([0]))
+    every = torch.arange(5)
+    coded = ops.codebook_embedding(every, *rest[:5], torch.full_like(t.slots, -1), *rest[6:])
+    for slot in (-2, -32768):
+        assert torch.equal(ops.codebook_embedding(every, *rest[:5], torch.full_like(t.slots, slot), *rest[6:]), coded)

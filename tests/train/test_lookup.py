@@ -20,9 +20,9 @@ def test_only_the_lookup_of_that_table_is_replaced() -> None:
     seen = []
     with torch.no_grad():
         before = model(IDS)
-        with SubstitutedLookup(model.wte.weight, lambda ids: seen.append(ids) or model.wte.weight[ids]) as lookup:
+        with SubstitutedLookup(model.wte.weight, IDS, lambda ids: seen.append(ids) or model.wte.weight[ids]) as lookup:
             same = model(IDS)
-        with SubstitutedLookup(model.wte.weight, lambda ids: torch.zeros(*ids.shape, 32)):
+        with SubstitutedLookup(model.wte.weight, IDS, lambda ids: torch.zeros(*ids.shape, 32)):
             other = model(IDS)
         after = model(IDS)
     assert lookup.calls == 1 and torch.equal(seen[0], IDS)
@@ -36,9 +36,23 @@ def test_a_scaled_lookup_stays_scaled() -> None:
     table = model.get_input_embeddings().weight
     with torch.no_grad():
         before = logits(model, IDS)
-        with SubstitutedLookup(table, lambda ids: table[ids]):
+        with SubstitutedLookup(table, IDS, lambda ids: table[ids]):
             same = logits(model, IDS)
     assert torch.equal(same, before)
+
+
+def test_other_ids_get_their_rows_from_the_table() -> None:
+    """A model that also looks up the row 0 at every place: only its tokens' rows are ours."""
+    table = nn.Embedding(9, 4)
+    with torch.no_grad(), SubstitutedLookup(table.weight, IDS, lambda ids: torch.zeros(*ids.shape, 4)) as lookup:
+        mine, others = table(IDS), table(torch.zeros_like(IDS))
+    assert lookup.calls == 1 and not mine.any() and torch.equal(others[0, 0], table.weight[0])
+
+
+def test_rows_come_in_the_tables_type() -> None:
+    table = nn.Embedding(9, 4, dtype=torch.bfloat16)
+    with SubstitutedLookup(table.weight, IDS, lambda ids: torch.zeros(*ids.shape, 4)):
+        assert table(IDS).dtype == torch.bfloat16
 
 
 def test_modes_come_back() -> None:
@@ -58,5 +72,5 @@ def test_modes_come_back() -> None:
 
 
 def test_a_parameter_that_is_not_there() -> None:
-    with pytest.raises(UsageError, match="no parameter 'wte'"):
+    with pytest.raises(UsageError, match="'wte' is no parameter"):
         find_table(NanoDecoder(width=32), "wte")

@@ -47,7 +47,7 @@ def test_a_row_twice_as_effective_counts_four_times() -> None:
 
 
 def test_a_table_that_is_not_looked_up_is_refused() -> None:
-    with pytest.raises(UsageError, match="does not look head"):
+    with pytest.raises(UsageError, match=r"in head\.weight 0 times"):
         row_fisher(NoLookup(), "head.weight", TEXT)
 
 

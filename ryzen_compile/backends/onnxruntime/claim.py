@@ -14,10 +14,18 @@ from math import prod
 import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
-from ryzen_compile.backends.onnxruntime.claim_lookup import claim_lookup, reads_codes
-from ryzen_compile.backends.onnxruntime.claim_report import KIND_OF, KINDS, NATIVE, STOCK_ROWS, ClaimReport
+from ryzen_compile.backends.onnxruntime.claim_lookup import LookupClaims, reads_codes
+from ryzen_compile.backends.onnxruntime.claim_report import KINDS, NATIVE, ClaimReport
 from ryzen_compile.backends.onnxruntime.model_index import ModelIndex
-from ryzen_compile.backends.onnxruntime.node_facts import activation_of, attributes_of, gated_activation, operator_of
+from ryzen_compile.backends.onnxruntime.node_facts import (
+    KIND_OF,
+    STOCK_ROWS,
+    activation_of,
+    attributes_of,
+    function_called,
+    gated_activation,
+    operator_of,
+)
 
 STEPS = 7  # our MatMulNBits' input of that name
 RESIDUAL = 6
@@ -71,6 +79,7 @@ class _Claim:
         self.products: dict[int, NodeProto] = {}  # our MatMulNBits by the place of the node that each stands for
         # A standard operator's name calls that operator, whatever function the model defines under it.
         self.functions = {(f.domain, f.name, f.overload): f for f in model.functions if f.domain == NATIVE}
+        self.lookups = LookupClaims(self.functions, self.index)
         self.gates = {key: gated_activation(function) for key, function in self.functions.items()}
         self.kinds = {place: kind for place, node in enumerate(self.nodes) if (kind := self._kind(node))}
 
@@ -79,7 +88,7 @@ class _Claim:
         return [place for place, its_kind in self.kinds.items() if its_kind == kind]
 
     def _kind(self, node: NodeProto) -> str:
-        if _called(node) in self.functions:
+        if function_called(node) in self.functions:
             return "embedding" if reads_codes(node, self.index) else ""
         return KIND_OF.get(operator_of(node), "")
 
@@ -87,7 +96,7 @@ class _Claim:
 
     def embedding(self, index: int) -> str:
         node = self.nodes[index]
-        made = claim_lookup(node, self.functions[_called(node)], self.index)
+        made = self.lookups.claim(node)
         if isinstance(made, str):
             return made
         self.made[index] = made
@@ -128,7 +137,7 @@ class _Claim:
         if place is None or place in self.gone or len(self.nodes[place].output) != 1:
             return index
         reader = self.nodes[place]
-        act, gate = activation_of(reader), self.gates.get(_called(reader))
+        act, gate = activation_of(reader), self.gates.get(function_called(reader))
         even = attributes_of(made)["N"] % 2 == 0
         if gate is not None and even:
             made.attribute.extend((_attribute("gated", 1), _attribute("activation", gate)))
@@ -274,11 +283,6 @@ class _Claim:
         inside = (node for function in self.model.functions for node in function.node)
         alike = not any(node.domain != NATIVE and node.op_type in STOCK_ROWS for node in (*kept, *inside))
         return ClaimReport(claimed, left, self.fused, frozenset(self.kinds.values()) - missed, alike)
-
-
-def _called(node: NodeProto) -> tuple[str, str, str]:
-    """Domain, name and overload of the function that a node calls, if there is such a one."""
-    return (*operator_of(node), node.overload)
 
 
 def _attribute(name: str, value: int | str) -> AttributeProto:

@@ -11,20 +11,6 @@ OPERATORS = frozenset(
     ("MatMulNBits", "GroupQueryAttention", "SkipRMSNorm", "SkipLayerNorm", "CodebookEmbedding", "MatMulTernary")
 )
 KINDS = frozenset(("matmul", "attention", "norm", "embedding"))
-_CONTRIB = "com.microsoft"
-# Standard operators, by domain and name. Of embeddings there is none: they are calls of a model's own functions.
-KIND_OF: dict[tuple[str, str], str] = {
-    (_CONTRIB, "MatMulNBits"): "matmul",
-    (_CONTRIB, "GroupQueryAttention"): "attention",
-    ("", "SimplifiedLayerNormalization"): "norm",
-    ("", "LayerNormalization"): "norm",
-    (_CONTRIB, "SkipSimplifiedLayerNormalization"): "norm",
-    (_CONTRIB, "SkipLayerNormalization"): "norm",
-}
-# Operators of ONNX Runtime that compute a row in another way when it is alone.
-STOCK_ROWS = frozenset(
-    ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MatMulIntegerToFloat", "MatMulInteger", "GroupQueryAttention")
-)
 _KIND_OF_OURS = {
     "CodebookEmbedding": "embedding",
     "MatMulNBits": "matmul",

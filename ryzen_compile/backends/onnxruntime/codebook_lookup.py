@@ -63,6 +63,11 @@ class Lookup:
         return 8 % self.bits == 0 and (self.stages == 1 or self.codes * self.bits % 8 == 0)
 
     @property
+    def least_bytes(self) -> int:
+        """Of the body: where each code lies is a constant in it, of eight bytes, unless codes fill bytes."""
+        return 0 if self.by_bytes else 8 * self.stages * self.codes
+
+    @property
     def arity(self) -> int:
         """Inputs of the function."""
         return 3 + (self.group >= 0) + self.gain + self.offset + 2 * self.kept
@@ -70,7 +75,8 @@ class Lookup:
     def body(self, e: Maker[Value], ids: Value, codes: Value, codebook: Value, *given: Value) -> tuple[Value]:
         """``ids`` (...), then the table's tensors in the order of ``ryzen::codebook_embedding``: (..., width) float32.
 
-        Every step is a node of its own, in the order of the reference, so results are equal to the bit.
+        Every step is a node of its own, in the order of the reference, so results are equal to the bit. Where the
+        reference raises, ONNX Runtime raises, too, but for ids from -V to -1: Gather counts them from the end.
         """
         rest = iter(given)
         flat = e.op("Reshape", ids, e.ints(-1))
@@ -146,8 +152,13 @@ def codebook_embedding(
     bits: int,
     group: int,
 ) -> tuple[ir.Value, ...]:
-    """The rule of ``ryzen::codebook_embedding``: a call of the function for tables of this form."""
-    stages, _, dim = codebook.shape.numpy() if codebook.shape is not None else (1, 0, 1)
+    """The rule of ``ryzen::codebook_embedding``: a call of the function for tables of this form.
+
+    Raises ``ValueError`` when the codebook's shape is not known: what the body computes depends on it.
+    """
+    if codebook.shape is None or len(codebook.shape) != 3 or not codebook.shape.is_static():
+        raise ValueError(f"the shape of {codebook.name} must be static, (stages, entries, dim), it is {codebook.shape}")
+    stages, _, dim = codebook.shape.numpy()
     form = Lookup(width, bits, dim, stages, group, gain is not None, offset is not None, kept is not None)
     tensors = (ids, codes, codebook, scales, gain, offset, slots, kept)
     return e.call("CodebookLookup", (form,), form.body, tuple(tensor for tensor in tensors if tensor is not None))

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_compile.backends.onnxruntime.node_facts import OPSET
+from ryzen_compile.backends.onnxruntime.node_facts import CONTRIB, OPSET
 
-CONTRIB = "com.microsoft"
+__all__ = ["CONTRIB", "LOCAL", "Emitter", "LoweringOptions"]
+
 LOCAL = "ryzen"  # domain of our model-local functions, and of the dialect's nodes before they are lowered
 
 

@@ -1,4 +1,7 @@
-"""What a node or a function of a model computes, read off its operators and attributes, never off its name."""
+"""What a node or a function of a model computes, read off its operators and attributes, never off its name.
+
+With the operator sets that are written and read: standard operators of one version, and ONNX Runtime's own.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,20 @@ PLAIN_ACTIVATIONS = {
     ("", "Sigmoid"): "sigmoid",
     ("", "Tanh"): "tanh",
 }
+# The kinds of nodes that we have operators for (see claim_report), by domain and name. Of embeddings there is none:
+# they are calls of a model's own functions.
+KIND_OF: dict[tuple[str, str], str] = {
+    (CONTRIB, "MatMulNBits"): "matmul",
+    (CONTRIB, "GroupQueryAttention"): "attention",
+    ("", "SimplifiedLayerNormalization"): "norm",
+    ("", "LayerNormalization"): "norm",
+    (CONTRIB, "SkipSimplifiedLayerNormalization"): "norm",
+    (CONTRIB, "SkipLayerNormalization"): "norm",
+}
+# Operators of ONNX Runtime that compute a row in another way when it is alone.
+STOCK_ROWS = frozenset(
+    ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MatMulIntegerToFloat", "MatMulInteger", "GroupQueryAttention")
+)
 
 
 def activation_of(node: NodeProto) -> str | None:
@@ -68,3 +85,8 @@ def attributes_of(node: NodeProto) -> dict[str, Any]:
     """Numbers and texts by name; what is neither, which no node of these kinds has, is None."""
     fields = {AttributeProto.FLOAT: "f", AttributeProto.INT: "i", AttributeProto.STRING: "s"}
     return {a.name: getattr(a, fields[a.type]) if a.type in fields else None for a in node.attribute}
+
+
+def function_called(node: NodeProto) -> tuple[str, str, str]:
+    """Domain, name and overload of the function that a node calls, if there is such a one."""
+    return (*operator_of(node), node.overload)

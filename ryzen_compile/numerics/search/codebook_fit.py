@@ -15,7 +15,7 @@ square of its scale and gain, times the weight of its row.
 
 The last turn of the codebook sees the whole table; on a line, where a few weights far out decide the error of 8 bits,
 k-means runs on a histogram of all weights. Rows are independent once the codebook stands, so they are read in chunks:
-what is held besides the table and its result does not grow with the table.
+what is held besides the table and its result are codes before they are packed, a byte each.
 """
 
 from __future__ import annotations

@@ -52,8 +52,11 @@ def kmeans(
     """
     _check(points, k, weights, start, iterations, sample)
     generator = torch.Generator().manual_seed(seed)
-    places = spread(len(points), sample, generator)
-    points, weights = _taken(points, weights, places.to(points.device))
+    places = spread(len(points), sample, generator).to(points.device)
+    if weights is not None:  # those that count for nothing could be all that is looked at
+        counting = weights.reshape(len(points), -1).amax(1).nonzero()[:, 0]
+        places = counting[spread(len(counting), sample, generator).to(points.device)]
+    points, weights = _taken(points, weights, places)
     if start is not None:
         start = start.detach().to(points.device, torch.float32)
     if points.shape[1] == 1:

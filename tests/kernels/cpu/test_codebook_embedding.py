@@ -161,7 +161,21 @@ def test_ids_outside_of_the_table_are_an_error(
     np.testing.assert_array_equal(session.run(None, {"ids": np.array([2])})[0], rows[[2]])
 
 
-@pytest.mark.parametrize("bad", [-2, 3, 32767, -32768])
+@pytest.mark.parametrize("slot", [-2, -32768])
+def test_any_negative_slot_is_a_coded_row(
+    one_node: Callable[..., ModelProto],
+    open_session: Callable[..., onnxruntime.InferenceSession],
+    isa: str,
+    slot: int,
+) -> None:
+    table = Table(4, 1, 1, 20, also=("kept",))
+    constants, rows = table.stored()
+    constants["slots"][7] = slot  # which was coded before
+    session = open_session(model_of(one_node, constants, **table.attributes, isa=isa))
+    np.testing.assert_array_equal(session.run(None, {"ids": np.arange(V)})[0], rows)
+
+
+@pytest.mark.parametrize("bad", [3, 32767])
 def test_slots_without_a_kept_row_are_an_error_when_the_row_is_asked_for(
     one_node: Callable[..., ModelProto],
     open_session: Callable[..., onnxruntime.InferenceSession],
@@ -217,6 +231,29 @@ def test_values_that_are_no_numbers(
     numbers = ~np.isnan(wanted)
     assert np.isnan(got[~numbers]).all()
     np.testing.assert_array_equal(got[numbers].view(np.int32), wanted[numbers].view(np.int32))
+
+
+def test_kept_halves_widen_to_the_same_bits(
+    one_node: Callable[..., ModelProto],
+    open_session: Callable[..., onnxruntime.InferenceSession],
+    isa: str,
+) -> None:
+    """Every float16 there is; a signalling NaN becomes a quiet one, with the highest bit of the fraction set."""
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    fraction, exponent = (halves & 0x3FF).astype(np.uint32), halves >> 10 & 31
+    no_numbers = (exponent == 31) & (fraction != 0)
+    wanted = halves.view(np.float16).astype(np.float32).view(np.uint32)
+    sign = (halves & 0x8000).astype(np.uint32) << 16
+    wanted = np.where(no_numbers, sign | 0x7F800000 | 1 << 22 | fraction << 13, wanted)
+    constants = {
+        "codes": np.zeros((1, 1 << 16), np.uint8),
+        "codebook": np.zeros((1, 256, 1), np.float32),
+        "slots": np.zeros(1, np.int16),
+        "kept": halves.view(np.float16)[None],
+    }
+    session = open_session(model_of(one_node, constants, bits=8, width=1 << 16, isa=isa))
+    got = session.run(None, {"ids": np.array([0])})[0]
+    np.testing.assert_array_equal(got[0].view(np.uint32), wanted)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +321,29 @@ def test_tensors_that_lie_are_refused(
     model = model_of(one_node, constants, fed=(name,) if fed else (), **table.attributes)
     with pytest.raises(Exception, match=f"{name} has the shape"):
         open_session(model).run(None, {"ids": np.array([0]), name: array})
+
+
+def test_the_rank_of_codes_is_checked_first(
+    one_node: Callable[..., ModelProto], open_session: Callable[..., onnxruntime.InferenceSession]
+) -> None:
+    """Also where the codebook is computed by the graph, and all else is there to be compared with rows of codes."""
+    table = Table(4, 2, 2, 20, 4, ALL)
+    constants = {**table.stored()[0], "codes": np.zeros(V * 10, np.uint8)}
+    model = model_of(one_node, constants, fed=("codebook",), **table.attributes)
+    with pytest.raises(Exception, match="codes has the shape .*, expected two dimensions"):
+        open_session(model)
+
+
+def test_ids_of_more_dimensions_than_seven(
+    one_node: Callable[..., ModelProto], open_session: Callable[..., onnxruntime.InferenceSession]
+) -> None:
+    table = Table(4, 2, 2, 20, 4)
+    constants, rows = table.stored()
+    session = open_session(model_of(one_node, constants, **table.attributes))
+    assert session.run(None, {"ids": np.zeros((1,) * 7, np.int64)})[0].shape == (*[1] * 7, 20)
+    for dimensions, part in ((8, "the most are 7"), (9, "the most are 8")):
+        with pytest.raises(Exception, match=part):
+            session.run(None, {"ids": np.zeros((1,) * dimensions, np.int64)})
 
 
 def test_fewer_stages_or_channels_than_the_codes_have(
