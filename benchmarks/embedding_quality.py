@@ -47,7 +47,7 @@ from ryzen_compile.validate.quality import ModelScorer, score
 
 DATA = Path(__file__).resolve().parent / "data" / "embedding_quality.csv"
 INTEGERS = ((8, 128), (4, 32), (4, 128), (3, 32), (2, 32))  # bits, block
-RATIOS = (3.9, 5.0, 7.12, 8.0, 10.0, 12.5, 16.0)
+RATIOS = (3.9, 7.12, 10.0, 16.0)
 SENTENCES = 2000
 
 

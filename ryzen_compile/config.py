@@ -267,7 +267,7 @@ def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
         return Recipe(**settings)
     except ValidationError as error:
         first = error.errors()[0]
-        if first["type"] == "value_error" and isinstance(first["input"], Mapping):  # a rule between settings
+        if not first["loc"]:  # a rule between settings
             raise ConfigError(f"recipe {recipe.name!r}: {first['msg'].removeprefix('Value error, ')}") from error
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"recipe {recipe.name!r}: {where}: {first['msg']}, got {first['input']!r}") from error

@@ -44,5 +44,5 @@ def test_when_no_text_is_needed_and_when_it_is_missing(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("too short")
     with pytest.raises(UsageError, match="has no tokenizer"):
         read_calibration(None, find_recipe("int4"), tmp_path / "text.txt")
-    with pytest.raises(UsageError, match="tokens are needed|are needed for"):
+    with pytest.raises(UsageError, match="are needed for"):
         read_calibration(tokenizer(), find_recipe("fp32", embedding={}), tmp_path / "text.txt")

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from ryzen_compile.api import rewrite
-from ryzen_compile.calibration import Calibration
 from ryzen_compile.backends.eager import EagerBackend
 from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend
 from ryzen_compile.backends.onnxruntime.emit import LoweringOptions
 from ryzen_compile.backends.onnxruntime.session import SessionOptions
+from ryzen_compile.calibration import Calibration
 from ryzen_compile.config import find_recipe
 from ryzen_compile.program import Program
 from ryzen_compile.report import Report

@@ -32,7 +32,6 @@ from ryzen_compile.program import Program, is_call, module_path, shape
 
 aten = torch.ops.aten
 KEEP = 0.01  # of the rows, where nothing is said
-NO_GROUP = -1  # the operator's word for "no scales"
 
 
 @dataclass(frozen=True)
@@ -238,13 +237,12 @@ def _rewrite(edit: Edit, lookup: Lookup, tensor: CodebookTensor, nodes: Mapping[
     stem = re.sub(r"\W+", "_", lookup.name.removesuffix(".weight"))
     stored = {name: edit.add_constant(f"{stem}_{name}", value) for name, value in tensor.tensors.items()}
     optional = [stored.get(name) for name in ("scales", "gain", "offset", "slots", "kept")]
-    group = NO_GROUP if tensor.format.group is None else tensor.format.group
     for twin in lookup.nodes:
         node = nodes[twin.name]
         row = edit.call(
             ops.codebook_embedding,
             *(node.args[1], stored["codes"], stored["codebook"], *optional),
-            *(tensor.shape[1], tensor.format.bits, group),
+            *(tensor.shape[1], tensor.format.bits, tensor.format.group_argument),
             before=node,
         )
         edit.replace(node, row)

@@ -79,7 +79,7 @@ def test_export_with_dkm_trains_and_says_what_that_brought(
         *("--embedding-ratio", 6, "--calibration", text, "--no-verify"),
     )
     assert status == 0, err
-    assert "training" in err and "trained for 3 steps, mean KL" in (out / "report.json").read_text()
+    assert "training" in err and "trained for 3 steps" in (out / "report.json").read_text()
     with ryzen_compile.load(out) as model:
         assert model.generate(IDS, max_new_tokens=4).shape == (1, 9)
 
@@ -101,7 +101,10 @@ def few_steps(original: Any) -> Any:
         (["--embedding", "kmeans", "--cluster-dim", "3"], "embedding.cluster_dim"),
         (["--embedding", "kmeans", "--embedding-ratio", "0.5"], "embedding.ratio"),
         (["--embedding-bits", "4"], "expected a method"),
-        (["--embedding", "dkm", "--embedding-bits", "4", "--embedding-ratio", "8"], "a ratio of the embedding chooses bits by itself"),
+        (
+            ["--embedding", "dkm", "--embedding-bits", "4", "--embedding-ratio", "8"],
+            "a ratio of the embedding chooses bits by itself",
+        ),
     ],
 )
 def test_settings_that_cannot_be(

@@ -37,7 +37,7 @@ def test_the_ends() -> None:
 
 
 def test_stats_count_what_is_coded_only() -> None:
-    """Rows 0 and 1 use entries 0 and 1 of four equally often: one bit of entropy; row 2 is kept, its codes no matter."""
+    """Rows 0 and 1 use entries 0 and 1 of four equally often: one bit of entropy; row 2 is kept, its codes are not."""
     codes = torch.tensor([[[0, 1, 0, 1]], [[1, 0, 1, 0]], [[3, 3, 3, 2]]])
     book, kept = torch.randn(1, 4, 1), torch.randn(1, 4).half()
     form = CodebookFormat(2, 1, group=None)

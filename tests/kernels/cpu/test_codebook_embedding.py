@@ -330,7 +330,7 @@ def test_the_rank_of_codes_is_checked_first(
     table = Table(4, 2, 2, 20, 4, ALL)
     constants = {**table.stored()[0], "codes": np.zeros(V * 10, np.uint8)}
     model = model_of(one_node, constants, fed=("codebook",), **table.attributes)
-    with pytest.raises(Exception, match="codes has the shape .*, expected two dimensions"):
+    with pytest.raises(Exception, match=r"codes has the shape .*, expected two dimensions"):
         open_session(model)
 
 
@@ -338,7 +338,7 @@ def test_ids_of_more_dimensions_than_seven(
     one_node: Callable[..., ModelProto], open_session: Callable[..., onnxruntime.InferenceSession]
 ) -> None:
     table = Table(4, 2, 2, 20, 4)
-    constants, rows = table.stored()
+    constants, _ = table.stored()
     session = open_session(model_of(one_node, constants, **table.attributes))
     assert session.run(None, {"ids": np.zeros((1,) * 7, np.int64)})[0].shape == (*[1] * 7, 20)
     for dimensions, part in ((8, "the most are 7"), (9, "the most are 8")):
