@@ -138,7 +138,9 @@ def draw(found: list[Point], weights: int, target: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for family, color in COLORS.items():
-        chosen = sorted((p for p in found if p.family == family), key=lambda p: p.nbytes)
+        chosen = sorted((p for p in found if p.family == family and p.kl > 0), key=lambda p: p.nbytes)
+        if not chosen:  # a checkpoint in float16 loses nothing, and a logarithm has no place for that
+            continue
         axes.plot(
             [8 * p.nbytes / weights for p in chosen],
             [p.kl for p in chosen],

@@ -32,6 +32,7 @@ def export(
     embedding_ratio: Annotated[
         float | None, typer.Option(help="How much smaller than float32 the table is to be; chooses the others.")
     ] = None,
+    embedding_steps: Annotated[int | None, typer.Option(help="Of training, with 'dkm'; default: 300.")] = None,
     calibration: Annotated[
         str, typer.Option(help="Text for methods that look at activations: a file, a directory, or 'builtin'.")
     ] = "builtin",
@@ -73,7 +74,9 @@ def export(
         sinks=sinks,
         target_bits=target_bits,
         overrides=parse_overrides(override) if override else None,
-        embedding=embedding_settings(embedding, bits=embedding_bits, cluster_dim=cluster_dim, ratio=embedding_ratio),
+        embedding=embedding_settings(
+            embedding, bits=embedding_bits, cluster_dim=cluster_dim, ratio=embedding_ratio, steps=embedding_steps
+        ),
     )
     with narrated(len(default_passes(chosen)), quiet=quiet or as_json) as progress:
         report = write(
