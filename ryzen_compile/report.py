@@ -44,6 +44,11 @@ class PassRecord:
             return f"KL {self.kl:.1e}"
         return "" if self.max_error is None else f"{self.max_error:.1e}"
 
+    @property
+    def only_note(self) -> str:
+        """What is to be said of the one place that was rewritten; empty where there are more, or none."""
+        return self.hits[0].note if len(self.hits) == 1 else ""
+
     def reasons(self) -> list[tuple[str, int, Site]]:
         """Distinct reasons for leaving an anchor alone, with counts and the first place, most frequent first."""
         counts = Counter(site.note for site in self.misses)
@@ -77,8 +82,7 @@ class Report:
             nodes = f"{r.nodes_before}>{r.nodes_after}"
             counts = f"{len(r.hits):>5}{len(r.misses):>6}{nodes:>12}{r.seconds * 1e3:>8.0f}"
             out.append(f"{r.name:<22}{r.status:<13}{counts}{r.moved:>11}")
-            if r.detail:
-                out.append(f"    {r.detail}")
+            out.extend(f"    {line}" for line in (r.detail, r.only_note) if line)
             if misses:
                 out.extend(f"    {n} x {reason}  [{site.module or site.node}]" for reason, n, site in r.reasons())
         before, after = self.captured_ops, self.records[-1].ops if self.records else self.captured_ops
@@ -104,9 +108,11 @@ class Report:
         ]
         title = f"# {self.spec.architecture}: {self.spec.parameters:,} parameters\n\n"
         details = [f"- **{r.name}** {r.status}: {r.detail}" for r in self.records if r.detail]
+        notes = [f"- **{r.name}**: {r.only_note}" for r in self.records if r.only_note]
+        done = "\n\n## Done\n\n" + "\n".join(notes) if notes else ""
         undone = "\n\n## Undone, and why\n\n" + "\n".join(details) if details else ""
         left = "\n\n## Left alone, and why\n\n" + "\n".join(reasons) if reasons else ""
-        return title + "\n".join(rows) + undone + left + "\n"
+        return title + "\n".join(rows) + done + undone + left + "\n"
 
     def to_html(self) -> str:
         """A page without scripts or links, so that it opens anywhere and can be attached to anything."""
@@ -116,7 +122,7 @@ class Report:
                      f"{r.seconds * 1e3:.0f}", r.moved)  # fmt: skip
             rows.append("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")
             notes = [f"{n} × {reason}  ({site.module or site.node})" for reason, n, site in r.reasons()]
-            why = [r.detail, *notes] if r.detail else notes
+            why = [line for line in (r.only_note, r.detail) if line] + notes
             rows.extend(f'<tr class="why"><td></td><td colspan="6">{html.escape(note)}</td></tr>' for note in why)
         facts = {**self.provenance, **self.facts}
         listed = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())

@@ -132,3 +132,15 @@ def test_a_loss_is_shown_with_its_drift_in_json() -> None:
     assert "| KL 1.2e-02 |" in report.to_markdown() and "KL 1.2e-02" in Page(report.to_html()).words
     (found,) = json.loads(json.dumps(report.to_json()))["records"]
     assert (found["kl"], found["late_kl"], found["top1"], found["rmse"]) == (0.0123, 0.02, 0.98, None)
+
+
+def test_what_was_done_at_one_place_is_said_in_words() -> None:
+    """At several places it would be a list, which JSON has."""
+    one, two = (
+        PassRecord(name, "lossy", "applied", hits, (), 9, 9, {"aten.add": 2}, 0.1)
+        for name, hits in (("single", (Site("a", "m", EVIL),)), ("double", (Site("a", "m", "first"),) * 2))
+    )
+    report = Report(SPEC, {}, {"aten.add": 2}, (one, two))
+    assert f"    {EVIL}\n" in report.to_text(misses=False) and "first" not in report.to_text()
+    assert f"- **single**: {EVIL}\n" in report.to_markdown() and "first" not in report.to_markdown()
+    assert "&lt;script&gt;alert" in report.to_html() and EVIL not in report.to_html()
