@@ -11,22 +11,10 @@ import numpy as np
 import pytest
 
 import ryzen_compile
-from ryzen_compile import cli
 from ryzen_compile.cli.generate import _Printer
 from tests.model_directory import shared_artifact, shared_model, tokenizer
 
 PROMPT = "def add(first, second):\n    return first"
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs a command line; returns its status, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 @pytest.mark.parametrize(("kv", "per_token"), [("fp32", 512), ("int8", 128), ("int4", 64)])

@@ -11,23 +11,11 @@ import onnx
 import pytest
 
 import ryzen_compile
-from ryzen_compile import cli
 from ryzen_compile.kernels.cpu import library
 from tests.model_directory import shared_model
 
 IDS = np.array([[5, 17, 80, 33, 5]])
 TEXT = "".join(f"def f{i}(x):\n    return x * {i * 7919 % 1009}\n" for i in range(2500))
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs a command line; returns its status, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 def table_bytes(out: Path) -> dict[str, int]:

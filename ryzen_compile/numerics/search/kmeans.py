@@ -52,8 +52,9 @@ def kmeans(
     """
     _check(points, k, weights, start, iterations, sample)
     generator = torch.Generator().manual_seed(seed)
-    places = spread(len(points), sample, generator).to(points.device)
-    if weights is not None:  # those that count for nothing could be all that is looked at
+    if weights is None:
+        places = spread(len(points), sample, generator).to(points.device)
+    else:  # those that count for nothing could be all that is looked at
         counting = weights.reshape(len(points), -1).amax(1).nonzero()[:, 0]
         places = counting[spread(len(counting), sample, generator).to(points.device)]
     points, weights = _taken(points, weights, places)
