@@ -17,6 +17,7 @@ from ryzen_compile.errors import UsageError
 from ryzen_compile.interpret import interpret
 from ryzen_compile.program import Program
 from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.runtime.engine import check_last
 
 SUPPORTED = frozenset(f"ryzen::{name}" for name in ops.__all__ if name not in {"ACTIVATIONS", "activate"})
 
@@ -46,12 +47,14 @@ class EagerEngine:
         self.spec = program.spec
         self.slots = program.slots
         self.all_logits = program.outputs[0].meta["val"].shape[1] != 1
+        self.verifies = self.all_logits
         self.prompt_from = 2  # torch multiplies a lone row by a matrix in another way
         self._program = program
         self._constants = fold_constants(program)
 
-    def step(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
+    def step(self, tokens: np.ndarray, cache: KVCache, last: int = 1) -> np.ndarray:
         """See ``Engine.step``; the array returned is freshly allocated."""
+        check_last(last, tokens, self.verifies)
         new = tokens.shape[1]
         lengths = cache.lengths[:, None]
         total = int(cache.lengths.max()) + new

@@ -11,37 +11,52 @@ from typing import Protocol
 
 import numpy as np
 
+from ryzen_compile.errors import UsageError
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.spec import CacheSlot, ModelSpec
 
-__all__ = ["CacheSlot", "Engine", "ModelSpec"]
+__all__ = ["CacheSlot", "Engine", "ModelSpec", "check_last"]
 
 
 class Engine(Protocol):
     """A compiled model that can be advanced by some tokens.
 
     ``slots`` lays out the cache that ``step`` reads and writes. ``all_logits`` says whether ``step`` returns the logits
-    of every new token, ``(B, T, V)``, or of the last one only, ``(B, 1, V)``. Steps of ``prompt_from`` tokens and more
-    compute a token's row alike, whatever else is in the step, but for the last bits of a float32 sum; smaller ones may
-    use another form of the weights.
+    of every new token, ``(B, T, V)``, or of as many as it is asked for. ``verifies`` says whether those may be more
+    than one, as checking drafted tokens takes. Steps of ``prompt_from`` tokens and more compute a token's row alike,
+    whatever else is in the step, but for the last bits of a float32 sum; smaller ones may use another form of the
+    weights.
     """
 
     name: str
     spec: ModelSpec
     slots: tuple[CacheSlot, ...]
     all_logits: bool
+    verifies: bool
     prompt_from: int
 
-    def step(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
-        """Logits, float32, after ``tokens`` ``(B, T)`` int64 were appended to ``cache``.
+    def step(self, tokens: np.ndarray, cache: KVCache, last: int = 1) -> np.ndarray:
+        """Logits ``(B, n, V)`` float32 after ``tokens`` ``(B, T)`` int64 were appended to ``cache``; those of the
+        ``last`` newest tokens, ``1 <= last <= T``, are ``[:, -last:]``.
 
         The T new tokens of row b take the positions ``cache.lengths[b] .. cache.lengths[b] + T - 1``; the cache has
         room for them. Their keys and values are written into its buffers in place; its lengths are left alone, the
         caller advances them. T > 1 together with B > 1 occurs only when every row is empty. The array returned is
         the caller's until the next ``step``: an engine may reuse its storage.
+
+        ``last`` > 1 occurs only where the engine ``verifies``. Such a step uses the form of the weights that steps of
+        one token use.
         """
         ...
 
     def close(self) -> None:
         """Give up sessions and buffers. ``step`` is not called afterwards; ``close`` may be called again."""
         ...
+
+
+def check_last(last: int, tokens: np.ndarray, verifies: bool) -> None:
+    """Raises ``UsageError`` for a number of tokens whose logits a step of ``tokens`` ``(B, T)`` cannot give."""
+    if not 1 <= last <= tokens.shape[1]:
+        raise UsageError(f"logits of {last} tokens were asked for in a step of {tokens.shape[1]}")
+    if last > 1 and not verifies:
+        raise UsageError(f"logits of {last} tokens were asked for, and the model gives those of the newest one only")

@@ -1,6 +1,6 @@
 """Hugging Face's own eager forward behind the engine's interface: the baseline that every speed-up is a ratio to.
 
-It is called as its ``generate`` calls it (a ``DynamicCache``, logits of the last position only), with the model as the
+It is called as its ``generate`` calls it (a ``DynamicCache``, logits of the last positions only), with the model as the
 caller prepared it: dtype, attention implementation and threads are the caller's. Only for measuring and comparing.
 """
 
@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ryzen_compile.errors import PromptError, UnsupportedError
 from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.runtime.engine import check_last
 from ryzen_compile.spec import CacheSlot, ModelSpec
 
 
@@ -34,18 +35,20 @@ class HuggingFaceEager:
         self.spec = read_spec(model)
         self.slots: tuple[CacheSlot, ...] = ()
         self.all_logits = "logits_to_keep" not in inspect.signature(model.forward).parameters
+        self.verifies = True
         self._past = self._empty()
         self._ids = np.empty((1, 0), np.int64)  # what the cache holds, to rebuild it when it cannot be cut back
 
     @torch.inference_mode()
-    def step(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
-        """Float32 logits ``(1, 1, V)``, or ``(1, T, V)`` with ``all_logits``, after ``tokens`` ``(1, T)`` int64."""
+    def step(self, tokens: np.ndarray, cache: KVCache, last: int = 1) -> np.ndarray:
+        """Float32 logits ``(1, last, V)``, or ``(1, T, V)`` with ``all_logits``, after ``tokens`` ``(1, T)`` int64."""
+        check_last(last, tokens, self.verifies)
         if tokens.shape[0] != 1:
             raise UnsupportedError(f"the Hugging Face baseline runs batch 1, got {tokens.shape[0]} rows")
         held = int(cache.lengths[0])
         if held != self._ids.shape[1]:
             self._go_back(held)
-        logits = self._forward(tokens)
+        logits = self._forward(tokens, last)
         self._ids = np.concatenate([self._ids, tokens], axis=1)
         return logits.float().numpy()
 
@@ -53,8 +56,8 @@ class HuggingFaceEager:
         """Drop the cache; the model is the caller's."""
         self._past, self._ids = self._empty(), np.empty((1, 0), np.int64)
 
-    def _forward(self, tokens: np.ndarray) -> torch.Tensor:
-        keep: dict[str, Any] = {} if self.all_logits else {"logits_to_keep": 1}
+    def _forward(self, tokens: np.ndarray, last: int = 1) -> torch.Tensor:
+        keep: dict[str, Any] = {} if self.all_logits else {"logits_to_keep": last}
         out = self.model(torch.from_numpy(tokens), past_key_values=self._past, use_cache=True, **keep)
         logits: torch.Tensor = out.logits
         return logits

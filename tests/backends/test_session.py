@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import time
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+import onnx
 import pytest
 
 from ryzen_compile.backends import Capability, get_backend
 from ryzen_compile.backends.eager import EagerEngine
 from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend
 from ryzen_compile.backends.onnxruntime.session import OrtEngine, SessionOptions
-from ryzen_compile.errors import ArtifactError, UnsupportedError, UsageError
+from ryzen_compile.errors import ArtifactError, TamperedError, UnsupportedError, UsageError
 from ryzen_compile.runtime import cache as runtime_cache
 from ryzen_compile.runtime.cache import KVCache
 
@@ -186,10 +188,16 @@ def test_several_tokens_in_several_started_rows_are_refused(engine):
 
 
 def test_files_that_cannot_be_loaded_are_artifact_errors(decoder, written, tmp_path):
-    with pytest.raises(ArtifactError, match=r"cannot load .*absent"):
+    with pytest.raises(TamperedError, match=r"'absent\.onnx' is missing"):
         OrtEngine(tmp_path / "absent.onnx", decoder.spec, decoder.slots, ONE)
     (tmp_path / "model.onnx").write_bytes(written.read_bytes()[:1000])
-    with pytest.raises(ArtifactError, match="cannot load"):
+    with pytest.raises(ArtifactError, match="is not an ONNX model"):
+        OrtEngine(tmp_path / "model.onnx", decoder.spec, decoder.slots, ONE)
+    model = onnx.load(written, load_external_data=False)
+    model.graph.node[0].op_type = "Absent"
+    onnx.save(model, tmp_path / "model.onnx")
+    shutil.copy(written.with_suffix(".onnx.data"), tmp_path)
+    with pytest.raises(ArtifactError, match=r"cannot load .*Absent"):
         OrtEngine(tmp_path / "model.onnx", decoder.spec, decoder.slots, ONE)
     with pytest.raises(UnsupportedError, match=r"has no past_key_values\.2\.key"):
         OrtEngine(written, decoder.spec, (*decoder.slots, decoder.slots[0]), ONE)

@@ -68,12 +68,14 @@ class TorchEngine:
 
     def __init__(self, model: LlamaForCausalLM, *, all_logits: bool = True) -> None:
         self.model, self.all_logits, self.spec = model, all_logits, spec()
+        self.verifies = True
         self.steps: list[tuple[int, int]] = []
         self.closed = 0
         self._output: dict[tuple[int, int], np.ndarray] = {}
 
-    def step(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
+    def step(self, tokens: np.ndarray, cache: KVCache, last: int = 1) -> np.ndarray:
         batch, count = tokens.shape
+        assert 1 <= last <= count
         assert tokens.dtype == np.int64 and tokens.flags.c_contiguous
         assert cache.batch == batch and cache.lengths.max() + count <= cache.capacity
         assert batch == 1 or count == 1 or not cache.lengths.any()
@@ -85,7 +87,7 @@ class TorchEngine:
             ids = torch.from_numpy(history[: length + count].astype(np.int64))[None]
             with torch.no_grad():
                 result[row] = self.model(ids).logits[0, -count:].numpy()
-        return result if self.all_logits else result[:, -1:]
+        return result if self.all_logits else result[:, -last:]
 
     def close(self) -> None:
         self.closed += 1
@@ -98,13 +100,14 @@ class TableEngine:
     slots = (SLOT,)
     prompt_from = 1
     all_logits = False
+    verifies = True
 
     def __init__(self, table: np.ndarray, context: int = CONTEXT) -> None:
         self.table = table.astype(np.float32)
         self.spec = spec(vocab=table.shape[1], context=context)
 
-    def step(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
-        return self.table[tokens[:, -1:]]
+    def step(self, tokens: np.ndarray, cache: KVCache, last: int = 1) -> np.ndarray:
+        return self.table[tokens[:, -last:]]
 
     def close(self) -> None:
         pass

@@ -66,6 +66,15 @@ class ModelIndex:
         return name
 
 
+def names_read(node: NodeProto) -> set[str]:
+    """Every name that a node reads, those that the graphs inside it mention among them."""
+    names = {name for name in node.input if name}
+    for attribute in node.attribute:
+        for graph in _graphs(attribute):
+            names |= _mentioned(graph)
+    return names
+
+
 def _mentioned(graph: GraphProto) -> set[str]:
     """Every name that a node inside ``graph`` reads, or that it hands out."""
     found = {value.name for value in graph.output}

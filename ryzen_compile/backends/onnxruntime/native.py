@@ -74,23 +74,22 @@ def required() -> Path:
 
 
 def open_claimed(
-    path: Path, options: onnxruntime.SessionOptions, kinds: frozenset[str], isa: str
+    path: Path,
+    options: onnxruntime.SessionOptions,
+    kinds: frozenset[str],
+    isa: str,
+    model: ModelProto | None = None,
 ) -> tuple[Any, ClaimReport]:
     """A session of the model at ``path`` in which our operators of the ``kinds`` given do what they can.
 
-    The file is checked once more: what is rewritten has to be what was checked. Raises what ``check_model`` and ONNX
-    Runtime raise, and ``UnsupportedError`` without a library.
+    ``model`` is what became of the checked file in memory. Without it the file is checked once more: what is rewritten
+    has to be what was checked. Raises what ``check_model`` and ONNX Runtime raise, and ``UnsupportedError`` without a
+    library.
     """
-    import onnxruntime
-
     built = required()
-    model, report = claim(check_model(path.parent, path.name), kinds=kinds, isa=isa)
+    model, report = claim(model or check_model(path.parent, path.name), kinds=kinds, isa=isa)
     options.register_custom_ops_library(str(built))
-    options.add_session_config_entry(INITIALIZERS, str(path.parent.resolve()))
-    # Without enable_fallback=0 a failure is printed and tried once more, on the same provider.
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
-    )
+    session = open_model(model, path.parent, options)
     # Products have packed what they need of these; what others read comes back from the page cache.
     release(
         {
@@ -101,6 +100,18 @@ def open_claimed(
         }
     )
     return session, report
+
+
+def open_model(model: ModelProto, directory: Path, options: onnxruntime.SessionOptions) -> Any:
+    """A session of a checked model in memory whose external data lie in ``directory``. Raises what ONNX Runtime
+    raises."""
+    import onnxruntime
+
+    options.add_session_config_entry(INITIALIZERS, str(directory.resolve()))
+    # Without enable_fallback=0 a failure is printed and tried once more, on the same provider.
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
+    )
 
 
 def claimed(path: Path) -> ClaimReport:

@@ -14,7 +14,8 @@ import platform
 import tempfile
 import warnings
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,26 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
 from ryzen_compile.backends.onnxruntime import native
+from ryzen_compile.backends.onnxruntime.artifact_check import check_model
 from ryzen_compile.backends.onnxruntime.claim_report import KINDS, ClaimReport
+from ryzen_compile.backends.onnxruntime.early_exit import Exits, cut, find_exits
+from ryzen_compile.backends.onnxruntime.logits_rows import choose_rows
 from ryzen_compile.errors import ArtifactError, RyzenCompileError, UnsupportedError, UsageError
 from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.runtime.engine import check_last
 from ryzen_compile.spec import CacheSlot, ModelSpec
 from ryzen_compile.validate.machine import read_cpu
 
 LOAD_ERRORS = (runtime.Fail, runtime.InvalidArgument, runtime.InvalidGraph, runtime.InvalidProtobuf, runtime.NoSuchFile)
 NATIVE_ERRORS = (*LOAD_ERRORS, runtime.NotImplemented, runtime.RuntimeException, runtime.NotFound, RuntimeError)
 LONE_TOKEN = 1  # products of one row may sum in another order than those of several
-KEPT_LOGITS = 1 << 22  # elements; a larger buffer, after a long prompt, is given back by the next small step
+# Long enough to wait from node to node, and for a caller to come with the next step at once. Without a bound, threads
+# spin on for so long behind a Run that a draft model and its target, step by step in turn on two cores, take twice the
+# time; without any wait behind a Run (session.force_spinning_stop), waking costs a small model's step 30 us of 190.
+SPIN_MICROSECONDS = 100
+KEPT_LOGITS = 1 << 23  # elements; a larger buffer, after a long prompt, is given back by the next small step
+KEPT_SHAPES = 64  # of steps whose buffers stay: those of one token, and of several drafted ones
+KEPT_TOKENS = 64  # of a step whose buffers stay
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,10 @@ class OrtEngine:
 
     ``prefill`` is a second form of the model for many new tokens; on a processor that would compute it wrongly there is
     a warning instead, and where native products serve prompts as well it is not opened. ``claims`` says what runs on
-    native operators. Raises ``ArtifactError`` when a file cannot be loaded and ``UnsupportedError`` when it lacks an
-    input that the slots call for, or when native operators are required and cannot be had.
+    native operators. With ``layers`` it is the model's first layers and its head alone, over the same ``slots``, of
+    which it uses as many. Raises ``ArtifactError`` when a file cannot be loaded and ``UnsupportedError`` when it lacks
+    an input that the slots call for, when it cannot be left after so many layers, or when native operators are required
+    and cannot be had.
     """
 
     name = "onnxruntime"
@@ -80,16 +93,19 @@ class OrtEngine:
         slots: tuple[CacheSlot, ...],
         options: SessionOptions = SessionOptions(),
         prefill: Path | None = None,
+        layers: int | None = None,
     ) -> None:
-        self.spec = spec
+        self.spec = spec if layers is None else replace(spec, layers=layers)
         self.slots = slots
-        self._main = BoundSession(path, spec, len(slots), options)
+        self._path, self._options, self._layers = path, options, layers
+        self._main = BoundSession(path, spec, slots, options, layers)
         self.claims = self._main.claims
         wanted = prefill is not None and "matmul" not in self.claims.whole and _sums_bytes_exactly()
-        self._prefill = BoundSession(prefill, spec, len(slots), options) if prefill and wanted else None
+        self._prefill = BoundSession(prefill, spec, slots, options) if prefill and wanted else None
         self._prefill_from = options.prefill_from
         self._directory: tempfile.TemporaryDirectory | None = None
         self.all_logits = self._main.all_logits
+        self.verifies = self._main.verifies
         alike = LONE_TOKEN if self.claims.rows_alike else LONE_TOKEN + 1
         self.prompt_from = self._prefill_from if self._prefill is not None else alike
         sessions = [session for session in (self._main, self._prefill) if session is not None]
@@ -99,13 +115,15 @@ class OrtEngine:
         """Ties a temporary directory that holds the model to this engine's life."""
         self._directory = directory
 
-    def step(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
+    def step(self, tokens: np.ndarray, cache: KVCache, last: int = 1) -> np.ndarray:
         """See ``Engine.step``. The array returned is overwritten by the next step.
 
-        Raises ``UsageError`` when the cache has no room for the tokens, and for several new tokens in several rows that
-        hold some already, which ONNX Runtime's own attention cannot do.
+        Raises ``UsageError`` when the cache has no room for the tokens, for logits that cannot be had, and for several
+        new tokens in several rows that hold some already, which ONNX Runtime's own attention cannot do.
         """
         batch, new = tokens.shape
+        if last != 1:
+            check_last(last, tokens, self.verifies)
         longest = int(cache.lengths.max())
         total = longest + new
         if total > cache.capacity or batch != cache.batch:
@@ -118,9 +136,40 @@ class OrtEngine:
             raise UsageError(
                 f"{new} new tokens in {batch} rows that hold {longest} already", hint="step row by row, with cache.row"
             )
-        wide = self._prefill is not None and new >= self._prefill_from
+        wide = new >= self._prefill_from and last == 1
         session = self._prefill if wide and self._prefill is not None else self._main
-        return session.run(tokens, cache)
+        return session.run(tokens, cache, last)
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The numbers of layers after which the model can be left; none with the reason in ``exits_why``."""
+        return self._exits.layers
+
+    @property
+    def exits_why(self) -> str:
+        """Why there are no ``exits``; empty where there are."""
+        return self._exits.why
+
+    @cached_property
+    def _exits(self) -> Exits:
+        if self._layers is not None:
+            return Exits(why="the model is left early already")
+        return find_exits(check_model(self._path.parent, self._path.name), self.slots)
+
+    def early_exit(self, layers: int) -> OrtEngine:
+        """An engine over the first ``layers`` layers, the final norm and the head, with this engine's options.
+
+        It steps on the whole model's cache, reads and writes the first ``layers`` slots of it and leaves the others
+        alone. It holds weights of its own where native operators pack them. The caller closes it.
+
+        Raises ``UnsupportedError`` where the model cannot be left after so many layers.
+        """
+        if layers not in self.exits:
+            raise UnsupportedError(
+                f"the model cannot be left after {layers} of its {self.spec.layers} layers",
+                hint=self.exits_why or f"it can after {', '.join(map(str, self.exits))}",
+            )
+        return OrtEngine(self._path, self.spec, self.slots, self._options, layers=layers)
 
     def close(self) -> None:
         self._main.close()
@@ -135,34 +184,60 @@ class OrtEngine:
         return self._main.end_profile()
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """Buffers for steps of one shape, and what binds them. ``positions`` is empty where the model reads none."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    logits: np.ndarray
+    inputs: tuple[tuple[str, onnxruntime.OrtValue], ...]
+    output: onnxruntime.OrtValue
+
+
 class BoundSession:
     """One session with the buffers that are bound to it; a step binds anew only what has changed since the last."""
 
-    def __init__(self, path: Path, spec: ModelSpec, slots: int, options: SessionOptions) -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: ModelSpec,
+        slots: tuple[CacheSlot, ...],
+        options: SessionOptions,
+        layers: int | None = None,
+    ) -> None:
         self._vocab = spec.vocab
         self._session: Any
-        self._session, self.claims = _open(path, options)
+        self._session, self.claims, self._start = _open(path, options, slots, layers)
         self._binding = self._session.io_binding()
         known = {value.name for value in (*self._session.get_inputs(), *self._session.get_outputs())}
-        self._past = [(f"past_key_values.{i}.key", f"past_key_values.{i}.value") for i in range(slots)]
-        self._present = [(f"present.{i}.key", f"present.{i}.value") for i in range(slots)]
+        used = len(slots) if layers is None else layers
+        self._past = [(f"past_key_values.{i}.key", f"past_key_values.{i}.value") for i in range(used)]
+        self._present = [(f"present.{i}.key", f"present.{i}.value") for i in range(used)]
         wanted = {"input_ids", "attention_mask", "logits", *sum(self._past, ()), *sum(self._present, ())}
         if missing := wanted - known:
             raise UnsupportedError(f"{path} has no {', '.join(sorted(missing))}", hint="export the model again")
         logits = next(value for value in self._session.get_outputs() if value.name == "logits")
-        self.all_logits = logits.shape[1] != 1
+        self.all_logits = logits.shape[1] != 1 and not self._start
+        self.verifies = self.all_logits or bool(self._start)
         self._has_positions = "position_ids" in known
+        self._shapes: dict[tuple[int, int, int], _Shape] = {}
+        self._current = (0, 0, 0)
         self._tokens = self._positions = np.empty((0, 0), np.int64)
         self._ones = np.empty(0, np.int64)
         self._flat_logits = self._logits = np.empty(0, np.float32)
+        self._first = np.full(1, -1)  # of the tokens that logits are computed of, counted from the end
+        if self._start:
+            self._bind(self._start, self._first)
         self._bound = -1
         self._cache: weakref.ref[KVCache] | None = None
 
-    def run(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
+    def run(self, tokens: np.ndarray, cache: KVCache, last: int = 1) -> np.ndarray:
         """One step that is known to fit; see ``OrtEngine.step``."""
         batch, new = tokens.shape
-        if (batch, new) != self._tokens.shape:
-            self._bind_shape(batch, new)
+        rows = new if self.all_logits else last
+        if (batch, new, rows) != self._current:
+            self._bind_shape(batch, new, rows)
         self._tokens[:] = tokens
         if self._has_positions:
             np.add(cache.lengths[:, None], np.arange(new), out=self._positions)
@@ -189,28 +264,43 @@ class BoundSession:
         self._padded = (np.arange(total) < cache.lengths[:, None] + new).astype(np.int64)
         return self._padded
 
-    def _bind_shape(self, batch: int, new: int) -> None:
-        """Buffers for tokens, positions and logits, bound once per shape."""
-        shape = (batch, new if self.all_logits else 1, self._vocab)
-        size = shape[0] * shape[1] * shape[2]
+    def _bind_shape(self, batch: int, new: int, rows: int) -> None:
+        """Binds buffers for tokens, positions and logits. Those of small steps are kept: drafts change in length from
+        step to step."""
+        self._current = (0, 0, 0)  # until all of them are bound
+        shape = self._shapes.get((batch, new, rows)) or self._made(batch, new, rows)
+        self._first[0] = -rows
+        for name, value in shape.inputs:
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_ortvalue_output("logits", shape.output)
+        self._tokens, self._positions, self._logits = shape.tokens, shape.positions, shape.logits
+        self._current = (batch, new, rows)
+
+    def _made(self, batch: int, new: int, rows: int) -> _Shape:
+        size = batch * rows * self._vocab
         if not size <= self._flat_logits.size <= max(size, KEPT_LOGITS):
             self._flat_logits = np.empty(size, np.float32)
-        self._logits = self._flat_logits[:size].reshape(shape)
-        self._bind("logits", self._logits, output=True)
-        if self._has_positions:
-            self._positions = np.empty((batch, new), np.int64)
-            self._bind("position_ids", self._positions)
-        # Last: its shape is what says that all of this is bound.
-        self._tokens = np.empty((batch, new), np.int64)
-        self._bind("input_ids", self._tokens)
+            self._shapes.clear()  # theirs are views of another buffer
+        logits = self._flat_logits[:size].reshape(batch, rows, self._vocab)
+        tokens = np.empty((batch, new), np.int64)
+        positions = np.empty((batch, new) if self._has_positions else (0, 0), np.int64)
+        inputs = {"input_ids": tokens} | ({"position_ids": positions} if self._has_positions else {})
+        shape = _Shape(
+            tokens, positions, logits, tuple((name, _value(array)) for name, array in inputs.items()), _value(logits)
+        )
+        if batch * new <= KEPT_TOKENS:
+            if len(self._shapes) >= KEPT_SHAPES:
+                self._shapes.clear()
+            self._shapes[batch, new, rows] = shape
+        return shape
 
     def _bind_cache(self, cache: KVCache) -> None:
-        """Past and present of every slot; skipped while the buffers are those of the step before."""
+        """Past and present of every slot that the model has; skipped while the buffers are those of the step before."""
         state = cache.revision
         if self._cache is not None and self._cache() is cache and state == self._bound:
             return
-        for index, buffers in enumerate(zip(cache.keys, cache.values, strict=True)):
-            for past, present, buffer in zip(self._past[index], self._present[index], buffers, strict=True):
+        for pasts, presents, *buffers in zip(self._past, self._present, cache.keys, cache.values, strict=False):
+            for past, present, buffer in zip(pasts, presents, buffers, strict=True):
                 if not buffer.flags.c_contiguous:
                     raise UsageError(f"the cache buffer for {past} is not contiguous")
                 self._bind(past, buffer)
@@ -236,16 +326,29 @@ def _sums_bytes_exactly() -> bool:
     return False
 
 
+def _value(array: np.ndarray) -> onnxruntime.OrtValue:
+    """The buffer of ``array``, not a copy of it."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
 def _pointer(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _open(path: Path, options: SessionOptions) -> tuple[Any, ClaimReport]:
-    """A session of the model at ``path``, over native operators if it may and can have them."""
+def _open(
+    path: Path, options: SessionOptions, slots: tuple[CacheSlot, ...], layers: int | None
+) -> tuple[Any, ClaimReport, str]:
+    """A session of the model at ``path`` or of its first ``layers``, over native operators if it may and can have them;
+    and the input that says how many rows of logits there are, empty where there is none."""
+    model = check_model(path.parent, path.name)
+    if layers is not None:
+        model = cut(model, slots, layers)
+    start = choose_rows(model)
     why = native.unusable(options.isa) if options.native else "they are switched off"
     if options.native and (not why or options.require_native):
         try:
-            return native.open_claimed(path, _runtime_options(options), options.native, options.isa)
+            claimed = native.open_claimed(path, _runtime_options(options), options.native, options.isa, model)
+            return *claimed, start
         except RyzenCompileError:  # some are RuntimeErrors too, and say it already
             raise
         except NATIVE_ERRORS as error:
@@ -256,12 +359,12 @@ def _open(path: Path, options: SessionOptions) -> tuple[Any, ClaimReport]:
                 ) from error
             warnings.warn(f"{path} runs on stock operators, native ones failed: {why}", stacklevel=4)
     try:
-        stock = onnxruntime.InferenceSession(str(path), _runtime_options(options), providers=["CPUExecutionProvider"])
+        stock = native.open_model(model, path.parent, _runtime_options(options))
     except LOAD_ERRORS as error:
         raise ArtifactError(
             f"ONNX Runtime cannot load {path}: {_first_line(error)}", hint="export the model again"
         ) from error
-    return stock, ClaimReport(reason=why)
+    return stock, ClaimReport(reason=why), start
 
 
 def _runtime_options(options: SessionOptions) -> onnxruntime.SessionOptions:
@@ -271,6 +374,8 @@ def _runtime_options(options: SessionOptions) -> onnxruntime.SessionOptions:
     settings.intra_op_num_threads = options.threads or 0
     settings.inter_op_num_threads = 1
     settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
+    if options.spinning:
+        settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
     if options.profile:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(tempfile.gettempdir()) / "ryzen_compile")
