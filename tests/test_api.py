@@ -478,9 +478,9 @@ def test_an_artifact_with_a_second_form_loads_and_uses_it_for_prompts(
         used = {"main": [], "prefill": []}
         for name, bound in (("main", engine._main), ("prefill", engine._prefill)):
 
-            def counted(tokens: Any, cache: Any, run: Any = bound.run, seen: list[int] = used[name]) -> Any:
+            def counted(tokens: Any, cache: Any, last: int, run: Any = bound.run, seen: list[int] = used[name]) -> Any:
                 seen.append(tokens.shape[1])
-                return run(tokens, cache)
+                return run(tokens, cache, last)
 
             monkeypatch.setattr(bound, "run", counted)
         out = loaded.generate(LONG_PROMPT, max_new_tokens=NEW)

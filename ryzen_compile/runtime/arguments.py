@@ -16,6 +16,7 @@ import numpy as np
 
 from ryzen_compile.errors import PromptError
 from ryzen_compile.runtime.sampling import SamplingParams
+from ryzen_compile.runtime.speculative.settings import TRANSFORMERS_NAMES
 from ryzen_compile.runtime.stopping import (
     integer,
     min_token_limit,
@@ -28,7 +29,7 @@ LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens")
 SPECIAL = ("eos_token_id", "pad_token_id", "bos_token_id", "stop_strings", "num_return_sequences")
 ONLY = {"use_cache": True, "return_dict_in_generate": False}
 ACCEPTED = (*LENGTHS, *SAMPLING, *SPECIAL, *ONLY, "seed")
-SPECULATIVE = ("prompt_lookup_num_tokens", "assistant_model")
+ELSEWHERE = ("window", "sinks", "speculation", *TRANSFORMERS_NAMES)  # arguments of a model's generate, not of the loop
 # Features of transformers that this loop does not have, with the value that leaves each of them off (None always does).
 UNSUPPORTED: dict[str, object] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1),
@@ -36,8 +37,8 @@ UNSUPPORTED: dict[str, object] = {
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_length"), 0),
     **dict.fromkeys(("top_h", "dola_layers", "constraints", "force_words_ids", "bad_words_ids", "sequence_bias")),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")),
-    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "max_time", "assistant_early_exit")),
-    **dict.fromkeys(("prefix_allowed_tokens_fn", "negative_prompt_ids", "custom_generate", *SPECULATIVE)),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "max_time")),
+    **dict.fromkeys(("prefix_allowed_tokens_fn", "negative_prompt_ids", "custom_generate")),
     **dict.fromkeys(("remove_invalid_values", "token_healing", "use_mtp", "is_assistant"), False),
 }
 # The same, but without effect on a loop without beams and with its own cache: refused as arguments, idle in a config.
@@ -152,14 +153,16 @@ def _refuse_unsupported(name: str, value: object, off: dict[str, object], *, is_
             return
         if name in ONLY:
             raise PromptError(f"{name} can only be {ONLY[name]}, got {value!r}")
-        reason = "speculative decoding is not available in this version" if name in SPECULATIVE else "not supported"
         raise PromptError(
-            f"generation argument {name}={value!r}: {reason}", hint=f"accepted: {', '.join(sorted(ACCEPTED))}"
+            f"generation argument {name}={value!r}: not supported", hint=f"accepted: {', '.join(sorted(ACCEPTED))}"
         )
     # A config carries many names that concern no decoder loop, and transformers ignores those it does not know.
-    if name in ACCEPTED or is_config:
+    if name in ACCEPTED or is_config or (name in ELSEWHERE and value is None):
         return
-    near = difflib.get_close_matches(name, (*ACCEPTED, "input_ids", "attention_mask", "generation_config"), n=1)
+    if name in ELSEWHERE:
+        raise PromptError(f"generation argument {name}={value!r} is for CompiledModel.generate, not for the loop alone")
+    known = (*ACCEPTED, *ELSEWHERE, "input_ids", "attention_mask", "generation_config")
+    near = difflib.get_close_matches(name, known, n=1)
     guess = f", did you mean {near[0]!r}?" if near else ""
     raise PromptError(f"unknown generation argument {name!r}{guess}", hint=f"accepted: {', '.join(sorted(ACCEPTED))}")
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,10 +24,18 @@ from ryzen_compile.runtime.arguments import Settings, as_input, config_values, r
 from ryzen_compile.runtime.breakdown import MemoryBreakdown
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import Engine
-from ryzen_compile.runtime.generate import generate, read
+from ryzen_compile.runtime.generate import GenerationStats, generate, read
 from ryzen_compile.runtime.pool import CachePool
 from ryzen_compile.runtime.prefix import PrefixStore
 from ryzen_compile.runtime.prompt_cache import PromptCache, load_prompt_cache, save_prompt_cache
+from ryzen_compile.runtime.speculative.drafter import Drafter, ExitsEarly
+from ryzen_compile.runtime.speculative.lookup import PromptLookup
+from ryzen_compile.runtime.speculative.model_drafter import ModelDrafter
+from ryzen_compile.runtime.speculative.same_tokens import require_same_tokens
+from ryzen_compile.runtime.speculative.settings import TRANSFORMERS_NAMES, Speculation, read_speculation
+from ryzen_compile.runtime.speculative.speculator import Experience, Speculator
+from ryzen_compile.runtime.speculative.stats import SpeculationStats
+from ryzen_compile.runtime.speculative.suffix import SuffixDrafter
 from ryzen_compile.runtime.stopping import TextDecoder, integer
 from ryzen_compile.runtime.stream import Stream
 from ryzen_compile.spec import ModelSpec
@@ -43,7 +51,9 @@ class CompiledModel:
     or a mapping) supplies ``generate``'s defaults. ``saver(directory, force)`` writes the artifact. ``motion`` says how
     cached keys are moved, or why they cannot be; ``stream`` (window, sinks) makes every generation an endless one.
     ``identity`` names the artifact that prompt caches belong to. ``cache_budget_bytes`` bounds all caches together;
-    ``prefix_bytes`` of it may hold rows of prompts, so that one that begins alike is not read again. Calls from several
+    ``prefix_bytes`` of it may hold rows of prompts, so that one that begins alike is not read again. ``curves`` are the
+    measured seconds of a step (context -> new tokens -> seconds), ``exit_layers`` the layers of an early exit that was
+    found to pay, both for speculation; ``speculation`` counts what drafts did in all generations. Calls from several
     threads wait for each other and return what they would alone. A call from inside a streamer or another callback of a
     running call, a call after ``close`` and a call in a forked child raise ``UsageError``. A ``with`` block closes it.
     """
@@ -62,6 +72,8 @@ class CompiledModel:
         identity: str | None = None,
         cache_budget_bytes: int | None = None,
         prefix_bytes: int = 0,
+        curves: Mapping[int, Mapping[int, float]] | None = None,
+        exit_layers: int | None = None,
     ) -> None:
         self.engine = engine
         self.report = report
@@ -79,6 +91,10 @@ class CompiledModel:
         self.prefixes = PrefixStore(engine.slots, budget_bytes=prefix_bytes) if prefix_bytes else None
         if self.prefixes is not None:
             self.pool.register(self.prefixes)
+        self.speculation = SpeculationStats()
+        self._experience = Experience(curves)
+        self._exit_layers = exit_layers
+        self._exits: dict[int, Engine] = {}
         self._lock = threading.Lock()
         self._holder: int | None = None
         self._closed = False
@@ -118,6 +134,14 @@ class CompiledModel:
         A ``generation_config`` among the arguments is laid over the model's own; plain arguments are laid over both.
         ``input_ids`` None is an empty prompt, which becomes BOS. ``window`` makes the sequence endless: what is kept of
         it are its first ``sinks`` tokens (default 4) and at least the ``window`` most recent ones.
+
+        ``speculation`` drafts tokens of a single sequence, several of which one step of the model verifies: "auto", or
+        a ``Speculation``. The text stays the model's: the same tokens where drafts are not drawn or nothing is, the
+        same distribution where a draft model's are. transformers' names choose a drafter each:
+        ``prompt_lookup_num_tokens``, ``assistant_model`` (another ``CompiledModel`` with the same tokenizer, which is
+        held for the call), ``assistant_early_exit`` (layers); ``num_assistant_tokens``,
+        ``assistant_confidence_threshold`` and ``max_matching_ngram_size`` adjust it. The numbers are upper bounds:
+        fewer tokens are drafted, or none, where more would cost time.
         """
         stream, window, sinks = self.stream, arguments.pop("window", None), arguments.pop("sinks", None)
         if window is not None:
@@ -128,9 +152,22 @@ class CompiledModel:
         arguments |= {"pool": self.pool, "prefixes": self.prefixes, "stream": stream}
         arguments.setdefault("tokenizer", self.tokenizer)
         own, given = config_values(self.generation_config), config_values(arguments.pop("generation_config", None))
+        config = {**own, **given}
         prompt = np.zeros((1, 0), dtype=np.int64) if input_ids is None else input_ids
-        with self._entered("generate"):
-            return generate(self.engine, prompt, attention_mask, generation_config={**own, **given}, **arguments)
+        named = {name: arguments.pop(name) for name in TRANSFORMERS_NAMES if name in arguments}
+        speculation = read_speculation(arguments.pop("speculation", None), named, config)
+        assistant = self._assistant(named.get("assistant_model"), speculation)
+        with ExitStack() as held:
+            # In one order everywhere, so that two models that draft for each other cannot wait for each other.
+            for model in sorted([self] if assistant is None else [self, assistant], key=id):
+                held.enter_context(model._entered("generate" if model is self else "drafting"))
+            if speculation is not None:
+                arguments["speculator"] = self._speculator(speculation, assistant)
+                arguments["stats"] = arguments.get("stats") or GenerationStats()
+            result = generate(self.engine, prompt, attention_mask, generation_config=config, **arguments)
+            if speculation is not None:
+                self.speculation.add(arguments["stats"].speculation)
+            return result
 
     def memory_breakdown(self, *, batch: int = 1, tokens: int = 0) -> MemoryBreakdown:
         """What a cache of ``batch`` rows of ``tokens`` tokens takes, by layer and kind, and what a token costs.
@@ -199,6 +236,8 @@ class CompiledModel:
         with self._entered("close", even_closed=True):
             if not self._closed:
                 self._closed = True
+                for exit_engine in self._exits.values():
+                    exit_engine.close()
                 self.pool.clear()
                 if self.prefixes is not None:
                     self.prefixes.clear()
@@ -218,6 +257,55 @@ class CompiledModel:
         stream = Stream(integer("window", window, 1), integer("sinks", sinks, 0), self._motion)
         stream.check(self.engine.slots, self.engine.spec.context)
         return stream
+
+    def _assistant(self, given: object, speculation: Speculation | None) -> CompiledModel | None:
+        """The draft model, checked before anything runs; None where none drafts."""
+        if speculation is None or not speculation.wants("draft_model", unasked=given is not None):
+            return None
+        if not isinstance(given, CompiledModel):
+            raise PromptError(
+                f"assistant_model must be a CompiledModel, got {type(given).__name__}",
+                hint="load() an artifact, or optimize() the model first",
+            )
+        if given is self:
+            raise PromptError(
+                "assistant_model is the model itself", hint="assistant_early_exit drafts with its first layers"
+            )
+        require_same_tokens(self.tokenizer, given.tokenizer, self.spec.vocab, given.spec.vocab)
+        return given
+
+    def _speculator(self, asked: Speculation, assistant: CompiledModel | None) -> Speculator:
+        drafters: list[Drafter] = []
+        if asked.wants("lookup", unasked=True):
+            drafters.append(PromptLookup(most_ngram=asked.ngram, least_ngram=min(2, asked.ngram)))
+        if asked.wants("suffix", unasked=asked.corpus is not None):
+            drafters.append(SuffixDrafter(asked.corpus))
+        layers = asked.exit_layers or self._exit_layers
+        if asked.wants("early_exit", unasked=layers is not None):
+            drafters.append(ModelDrafter.early_exit(self._early_exit(layers), threshold=asked.threshold))
+        if assistant is not None:
+            drafters.append(ModelDrafter.draft_model(assistant.engine, assistant.pool, threshold=asked.threshold))
+        return Speculator(
+            drafters,
+            self._experience,
+            vocab=self.spec.vocab,
+            most=asked.tokens,
+            fixed=asked.fixed,
+            required=asked.required,
+        )
+
+    def _early_exit(self, layers: int | None) -> Engine:
+        """The engine of the first ``layers`` layers, opened once."""
+        if layers is None:
+            raise PromptError(
+                "an early exit needs the number of layers behind which to leave the model",
+                hint="give assistant_early_exit or exit_layers, or let tune find one that pays",
+            )
+        if not isinstance(self.engine, ExitsEarly):
+            raise UnsupportedError(f"the {self.engine.name!r} engine has no early exits")
+        if layers not in self._exits:
+            self._exits[layers] = self.engine.early_exit(layers)
+        return self._exits[layers]
 
     def _own(self, prompt: object) -> None:
         """Refuses a prompt cache that another model computed: its rows mean nothing here."""

@@ -20,12 +20,16 @@ from ryzen_compile.errors import PromptError
 from ryzen_compile.runtime.arguments import Prompt, Settings, as_input, read_prompt
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import Engine
-from ryzen_compile.runtime.layout import check_fits
+from ryzen_compile.runtime.layout import check_fits, reversible
 from ryzen_compile.runtime.pool import CachePool
 from ryzen_compile.runtime.prefix import PrefixStore
 from ryzen_compile.runtime.prompt_cache import PromptCache
 from ryzen_compile.runtime.reuse import Reuse
-from ryzen_compile.runtime.sampling import LogitsProcessor, TokenChooser
+from ryzen_compile.runtime.sampling import Draw, LogitsProcessor, TokenChooser, draw
+from ryzen_compile.runtime.speculative.drafter import Draft
+from ryzen_compile.runtime.speculative.speculator import Speculator
+from ryzen_compile.runtime.speculative.stats import SpeculationStats
+from ryzen_compile.runtime.speculative.verifier import Verdict
 from ryzen_compile.runtime.stopping import (
     StoppingCriterion,
     StopStrings,
@@ -34,6 +38,7 @@ from ryzen_compile.runtime.stopping import (
     integer,
 )
 from ryzen_compile.runtime.stream import Stream
+from ryzen_compile.spec import CacheSlot
 
 # Room for new tokens that a generation starts with. Untouched zeros take no memory yet, while growing copies.
 INITIAL_ROOM = 1024
@@ -54,7 +59,7 @@ class GenerationStats:
 
     ``reused_tokens`` of the prompts were known and not computed again. ``time_to_first_token`` runs from the call to
     the first token chosen and includes the prefill; ``decode_seconds`` is the time of the ``decode_steps`` steps after
-    it, which gave ``decode_tokens`` tokens.
+    it, which gave ``decode_tokens`` tokens. ``speculation`` is what drafts did to them, None where none were asked for.
     """
 
     prompt_tokens: int = 0
@@ -65,6 +70,7 @@ class GenerationStats:
     prefill_seconds: float = 0.0
     time_to_first_token: float = 0.0
     decode_seconds: float = 0.0
+    speculation: SpeculationStats | None = None
 
 
 def generate(
@@ -84,6 +90,7 @@ def generate(
     prefixes: PrefixStore | None = None,
     prompt_cache: PromptCache | None = None,
     stream: Stream | None = None,
+    speculator: Speculator | None = None,
     stats: GenerationStats | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -98,6 +105,8 @@ def generate(
     The cache is lent by ``pool`` (default: one for this call) and takes at most ``cache_budget_bytes``. What
     ``prompt_cache`` or ``prefixes`` hold of a prompt's beginning is copied, and ``prefixes`` learns what was computed.
     With a ``stream`` a sequence has no end: the cache keeps its first tokens and its last ones, and nothing is reused.
+    A ``speculator`` drafts tokens of a single sequence, several of which one step verifies; the text stays what it is
+    without, and so does a sampled one where drafts are not drawn themselves, else its distribution.
 
     Raises ``PromptError`` for whatever is out of range, contradictory, unknown or too long for the context,
     ``MemoryLimitError`` when the cache would exceed its budget, ``NumericalError`` when logits are not finite.
@@ -134,7 +143,11 @@ def generate(
     show = None if streamer is None else _shower(streamer, input_ids)
     known = prefixes if stream is None else None
     reuse = Reuse([source for source in (known, prompt_cache) if source is not None], known)
-    run = _Run(engine, prompt, settings, limit, chooser, tracker, show, stats or GenerationStats(), reuse, stream)
+    stats = stats or GenerationStats()
+    stats.speculation = None if speculator is None else speculator.stats
+    if speculator is not None and not speculator.serves(engine, rows):
+        speculator = None
+    run = _Run(engine, prompt, settings, limit, chooser, tracker, show, stats, reuse, stream, speculator)
     run.complete(pool, chunk, began, cache_budget_bytes)
     if streamer is not None:
         streamer.end()
@@ -202,6 +215,7 @@ class _Run:
         stats: GenerationStats,
         reuse: Reuse,
         stream: Stream | None,
+        speculator: Speculator | None,
     ) -> None:
         self.engine = engine
         self.prompt = prompt
@@ -213,6 +227,7 @@ class _Run:
         self.stats = stats
         self.reuse = reuse
         self.stream = stream
+        self.speculator = speculator
         self.columns = prompt.ids.shape[1]
         self.width = self.columns + limit
         self.ids = np.repeat(np.pad(prompt.ids, ((0, 0), (0, min(limit, INITIAL_ROOM)))), settings.copies, axis=0)
@@ -271,40 +286,102 @@ class _Run:
 
     def decode(self, cache: KVCache, logits: np.ndarray, began: float) -> None:
         """Choose and step until every row is done or ``ids`` is full, from the ``logits`` ``(B, V)`` of the prompts."""
-        rows, width = len(self.ids), self.width
-        tokens = np.empty((rows, 1), dtype=np.int64)
-        first = self.columns
+        rows, first = len(self.ids), self.columns
         is_over = self._take(logits, 0)
         first_token_at = time.perf_counter()
         self.stats.time_to_first_token = first_token_at - began
-        while not is_over and self.columns < width:
-            tokens[:, 0] = self.ids[:, self.columns - 1]
-            self._make_room(cache, width - self.columns)
-            logits = self.engine.step(tokens, cache)[:, -1]
-            cache.advance(1)
-            is_over = self._take(logits, self.columns - first)
+        self.stats.decode_steps = 0
+        if is_over:
+            pass
+        elif self.speculator is None:
+            self._decode_plainly(cache, first)
+        else:
+            with self.speculator.drafting(self.chooser.params, self.chooser.drafting, cache) as speculator:
+                self._decode_drafting(cache, first, speculator)
         self.stats.decode_seconds = time.perf_counter() - first_token_at
-        self.stats.decode_steps = self.columns - first - 1
         self.stats.decode_tokens = self.stats.new_tokens - rows
 
-    def _make_room(self, cache: KVCache, left: int) -> None:
-        """For one token more in every row, of ``left`` that may still come."""
+    def _decode_plainly(self, cache: KVCache, first: int) -> None:
+        """A step, a token for every row, behind the column ``first`` of the first token."""
+        tokens, is_over = np.empty((len(self.ids), 1), dtype=np.int64), False
+        while not is_over and self.columns < self.width:
+            is_over = self._step_once(tokens, cache, first)
+
+    def _decode_drafting(self, cache: KVCache, first: int, speculator: Speculator) -> None:
+        """The same for a single row, whose steps also verify what was drafted: a token of the text for each drafted one
+        that is the one chosen, and one more."""
+        start, windowed = int(self.starts[0]), [slot for slot in self.engine.slots if slot.rows]
+        tokens, is_over = np.empty((1, 1), dtype=np.int64), False
+        while not is_over and self.columns < self.width:
+            held, before, accepted = int(cache.lengths[0]), self.columns, 0
+            draft = speculator.draft(self.ids[0, start:before], self._verifiable(windowed, held))
+            began = time.perf_counter()
+            if draft is None:
+                end = min(before + speculator.pause, self.width)
+                while not is_over and self.columns < end:
+                    is_over = self._step_once(tokens, cache, first)
+            else:
+                accepted, is_over = self._step_draft(draft, cache, first)
+            speculator.observe(draft, held, time.perf_counter() - began, accepted, self.columns - before)
+
+    def _step_once(self, tokens: np.ndarray, cache: KVCache, first: int) -> bool:
+        """One more token in every row, by way of ``tokens`` ``(B, 1)``; whether all rows are done."""
+        tokens[:, 0] = self.ids[:, self.columns - 1]
+        self._make_room(cache, 1)
+        logits = self.engine.step(tokens, cache)[:, -1]
+        cache.advance(1)
+        self.stats.decode_steps += 1
+        return self._take(logits, self.columns - first)
+
+    def _step_draft(self, draft: Draft, cache: KVCache, first: int) -> tuple[int, bool]:
+        """Steps the newest token and those of ``draft`` together and takes what the text has of them, and one more; how
+        many of them that were, and whether the row is done."""
+        count, held = len(draft.tokens) + 1, int(cache.lengths[0])
+        tokens = np.array([[self.ids[0, self.columns - 1], *draft.tokens]])
+        self._make_room(cache, count)
+        logits = self.engine.step(tokens, cache, last=count)[:, -count:]
+        cache.advance(count)
+        self.stats.decode_steps += 1
+        accepted, is_over = self._verify(logits, draft, first)
+        cache.truncate(held + 1 + accepted)
+        return accepted, is_over
+
+    def _verify(self, logits: np.ndarray, draft: Draft, first: int) -> tuple[int, bool]:
+        """Choose from ``logits`` ``(1, k + 1, V)`` behind the newest token and each of the ``k`` drafted ones, as long
+        as what is chosen was drafted; how many of them that were, and whether the row is done."""
+        for place, token in enumerate(draft.tokens):
+            pick = draw if draft.proposals is None else Verdict(token, draft.proposals[place])
+            is_over = self._take(logits[:, place], self.columns - first, pick)
+            is_kept = int(self.ids[0, self.columns - 1]) == token
+            if is_over or not is_kept:
+                return place + is_kept, is_over
+        return len(draft.tokens), self._take(logits[:, -1], self.columns - first)
+
+    def _verifiable(self, windowed: Sequence[CacheSlot], held: int) -> int:
+        """How many drafted tokens can be stepped behind ``held`` and one more, and be taken back."""
+        left = self.width - self.columns - 1  # what is accepted is followed by one more
         if self.stream is not None:
-            self.stream.make_room(cache, 1)
+            return min(left, self.stream.capacity - held - 1, self.stream.slack - 1)
+        return reversible(windowed, held + 1, left) if windowed else left
+
+    def _make_room(self, cache: KVCache, tokens: int) -> None:
+        """For ``tokens`` more in every row."""
+        if self.stream is not None:
+            self.stream.make_room(cache, tokens)
             return
         held = int(cache.lengths.max())
-        if held == cache.capacity:
+        if held + tokens > cache.capacity:
             # By half, so that copying stays a constant share of the work.
-            cache.reserve(min(held + 1 + held // 2, held + left))
+            cache.reserve(min(held + tokens + held // 2, held + self.width - self.columns))
 
-    def _take(self, logits: np.ndarray, step: int) -> bool:
+    def _take(self, logits: np.ndarray, step: int, draw: Draw = draw) -> bool:
         """Choose every row's token from ``logits`` ``(B, V)``, append it, show it; whether all rows are done."""
         done = self.tracker.done
         self.stats.new_tokens += self.tracker.running
         # Without a pad token there is nothing to fill a finished row with, so its tokens go on being chosen.
         is_padding = self.pad is not None and self.tracker.running < len(done)
         skipped = done if is_padding else np.zeros_like(done)
-        chosen = self.chooser.choose(logits, step, self.ids[:, : self.columns], self.starts, skipped)
+        chosen = self.chooser.choose(logits, step, self.ids[:, : self.columns], self.starts, skipped, draw)
         if is_padding:
             chosen[done] = self.pad
         if self.columns == self.ids.shape[1]:

@@ -66,3 +66,12 @@ def droppable(slot: CacheSlot, tokens: int) -> int:
     if not slot.rows or tokens <= slot.rows:
         return tokens
     return (tokens - slot.rows - 1) % (slot.rows - slot.window + 1)
+
+
+def reversible(slots: Sequence[CacheSlot], seen: int, tokens: int) -> int:
+    """How many of ``tokens`` new tokens can come behind ``seen`` others before a slot that evicts by itself drops a
+    row, which no truncation would bring back."""
+    for slot in slots:
+        if slot.rows:
+            tokens = min(tokens, slot.rows - slot.resident(seen))
+    return tokens

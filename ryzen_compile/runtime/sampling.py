@@ -17,6 +17,7 @@ import numpy as np
 from ryzen_compile.errors import NumericalError, PromptError
 
 LogitsProcessor = Callable[..., Any]
+Draw = Callable[[np.ndarray, np.ndarray, np.random.Generator], int]
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,15 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return np.asarray(weights / weights.sum())
 
 
-def draw(ids: np.ndarray, scores: np.ndarray, generator: np.random.Generator) -> int:
-    """One of ``ids`` ``(N,)`` at random, by the softmax of ``scores`` ``(N,)`` in float64. Takes one uniform number."""
-    cumulative = np.cumsum(softmax(scores.astype(np.float64)))
+def distribution(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """What a token is drawn from: ``candidates`` ``(N,)`` and their probabilities ``(N,)`` float64."""
+    ids, kept = candidates(scores, params)
+    return ids, softmax(kept.astype(np.float64))
+
+
+def draw(ids: np.ndarray, probabilities: np.ndarray, generator: np.random.Generator) -> int:
+    """One of ``ids`` ``(N,)`` at random by ``probabilities`` ``(N,)`` float64. Takes one uniform number."""
+    cumulative = np.cumsum(probabilities)
     # A uniform number below 1 times the last sum stays below it, and "right" steps over entries of probability zero.
     return int(ids[np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")])
 
@@ -113,6 +120,7 @@ class TokenChooser:
 
     ``held_back`` are the EOS ids that may not be picked before step ``min_new_tokens``. ``processors`` are
     transformers' ``LogitsProcessor`` objects, or any callable ``(input_ids, scores) -> scores`` over torch tensors.
+    ``drafting`` is a random stream beside those of the rows, for tokens that are only guessed; None when greedy.
     """
 
     def __init__(
@@ -125,27 +133,35 @@ class TokenChooser:
         min_new_tokens: int = 0,
         processors: Sequence[LogitsProcessor] = (),
     ) -> None:
-        self._params = params
+        self.params = params
         self._held_back = list(held_back)
         self._min_new_tokens = min_new_tokens
         self._processors = list(processors)
         # A seed is checked even where greedy decoding has no use for it.
-        self._generators = spawn_generators(seed, 0 if params.greedy else rows)
+        generators = spawn_generators(seed, 0 if params.greedy else rows + 1)
+        self._generators, self.drafting = generators[:rows], generators[rows] if generators else None
         self._chosen = np.zeros(rows, dtype=np.int64)
         for processor in self._processors:
             if not callable(processor):
                 raise PromptError(f"logits_processor must hold callables, got {processor!r}")
 
     def choose(
-        self, logits: np.ndarray, step: int, ids: np.ndarray, starts: np.ndarray, done: np.ndarray
+        self,
+        logits: np.ndarray,
+        step: int,
+        ids: np.ndarray,
+        starts: np.ndarray,
+        done: np.ndarray,
+        draw: Draw = draw,
     ) -> np.ndarray:
         """The next tokens ``(B,)`` int64 of ``logits`` ``(B, V)`` float32; the array is reused by the next call.
 
         ``ids`` ``(B, L)`` is prompt and tokens so far, row b's own from ``starts[b]`` on. ``step`` counts new tokens
-        from 0. Rows with ``done[b]`` are skipped, their entry is meaningless. Raises ``NumericalError``, naming step
-        and row, for logits with NaN, with +inf, or with nothing but -inf.
+        from 0. Rows with ``done[b]`` are skipped, their entry is meaningless. When sampling, ``draw`` picks from the
+        distribution. Raises ``NumericalError``, naming step and row, for logits with NaN, with +inf, or with nothing
+        but -inf.
         """
-        params = self._params
+        params = self.params
         holds_back = step < self._min_new_tokens and bool(self._held_back)
         if params.greedy and params.repetition_penalty == 1 and not holds_back and not self._processors:
             for row in range(len(logits)):
@@ -166,7 +182,7 @@ class TokenChooser:
             if not done[row]:
                 best = _best(scores[row], row, step, "processed scores")
                 self._chosen[row] = (
-                    best if params.greedy else draw(*candidates(scores[row], params), self._generators[row])
+                    best if params.greedy else draw(*distribution(scores[row], params), self._generators[row])
                 )
         return self._chosen
 

@@ -62,6 +62,10 @@ class Tokenizer:
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = False, **_: Any) -> str:
         return str(self._backend.decode([int(i) for i in token_ids], skip_special_tokens=skip_special_tokens))
 
+    def get_vocab(self) -> dict[str, int]:
+        """Every token's id by its text as the tokenizer writes it, added tokens included."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
     def _id_of(self, name: str) -> int | None:
         token = self._settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token

@@ -16,7 +16,9 @@ from ryzen_compile.errors import MemoryLimitError, PromptError, UnsupportedError
 from ryzen_compile.numerics.row_shift import RowShift
 from ryzen_compile.numerics.rows import RowFormat
 from ryzen_compile.runtime.compiled import CompiledModel
-from ryzen_compile.runtime.generate import generate
+from ryzen_compile.runtime.generate import GenerationStats, generate
+from ryzen_compile.runtime.speculative.settings import Speculation
+from ryzen_compile.runtime.speculative.suffix import Corpus
 from ryzen_compile.runtime.stream import Stream
 from tests.runtime.torch_engine import BOS, CONTEXT, EOS, VOCAB, TorchEngine, tiny_llama, tiny_tokenizer
 
@@ -226,3 +228,157 @@ def test_a_forked_child_is_told_to_load_the_model_itself(model: CompiledModel, m
     monkeypatch.setattr(os, "getpid", lambda: parent + 1)
     with pytest.raises(UsageError, match="generate was called in a forked process; load the model after the fork"):
         model.generate([PROMPT])
+
+
+# Speculation
+
+
+class Exiting(TorchEngine):
+    """Leaves early, after as many layers as it has: a draft that is always right."""
+
+    exits = (2,)
+
+    def early_exit(self, layers: int) -> TorchEngine:
+        if layers not in self.exits:
+            raise UnsupportedError(f"no exit after {layers} layers")
+        self.exit = TorchEngine(self.model)
+        return self.exit
+
+
+def drafting(llama: LlamaForCausalLM, **settings: Any) -> CompiledModel:
+    return CompiledModel(Exiting(llama), tokenizer=tiny_tokenizer(), **settings)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"speculation": "auto"},
+        {"speculation": True},
+        {"speculation": Speculation(drafters=("lookup", "suffix"), fixed=True, ngram=1)},
+        {"speculation": "auto", "assistant_early_exit": 2},
+        {"assistant_early_exit": 2},
+        {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1},
+        {"generation_config": {"prompt_lookup_num_tokens": 4}},
+        {"speculation": Speculation(corpus=Corpus([[11, 40, 7, 3]]))},
+    ],
+    ids=str,
+)
+def test_every_way_to_ask_for_speculation_gives_the_models_text(
+    llama: LlamaForCausalLM, arguments: dict[str, Any]
+) -> None:
+    model = drafting(llama)
+    wanted = model.generate([PROMPT], max_new_tokens=40)
+    stats = GenerationStats()
+    np.testing.assert_array_equal(model.generate([PROMPT], max_new_tokens=40, stats=stats, **arguments), wanted)
+    assert stats.speculation is not None and stats.speculation.tokens == 39 and not stats.speculation.idle
+    assert model.speculation.tokens == 39
+    model.generate([PROMPT], max_new_tokens=5, **arguments)
+    assert model.speculation.tokens == 43
+    assert stats.speculation.tokens == 39
+
+
+def test_without_speculation_nothing_is_counted(model: CompiledModel) -> None:
+    stats = GenerationStats()
+    model.generate([PROMPT], stats=stats, speculation=None)
+    assert stats.speculation is None and not model.speculation.tokens
+
+
+def test_a_draft_model_leaves_text_and_its_own_caches_as_they_were(llama: LlamaForCausalLM) -> None:
+    model, draft = drafting(llama), CompiledModel(TorchEngine(tiny_llama(seed=1)), tokenizer=tiny_tokenizer())
+    wanted = model.generate([PROMPT], max_new_tokens=40)
+    for _ in range(2):
+        found = model.generate([PROMPT], max_new_tokens=40, assistant_model=draft, num_assistant_tokens=3)
+        np.testing.assert_array_equal(found, wanted)
+    assert draft.pool.memory().live == 0 and model.speculation.of("draft_model").asked
+    # The same weights draft what the model says.
+    twin = CompiledModel(TorchEngine(llama), tokenizer=tiny_tokenizer())
+    stats = GenerationStats()
+    fixed = Speculation(drafters=("draft_model",), tokens=3, fixed=True, threshold=0)
+    model.generate([PROMPT], max_new_tokens=40, assistant_model=twin, speculation=fixed, stats=stats)
+    assert stats.speculation is not None and stats.speculation.acceptance_rate == 1 and stats.decode_steps == 10
+
+
+def test_an_early_exit_drafts_on_the_models_own_rows(llama: LlamaForCausalLM) -> None:
+    model = drafting(llama, exit_layers=2)
+    stats = GenerationStats()
+    fixed = Speculation(drafters=("early_exit",), tokens=4, fixed=True, threshold=0)
+    wanted = model.generate([PROMPT], max_new_tokens=41)
+    np.testing.assert_array_equal(model.generate([PROMPT], max_new_tokens=41, speculation=fixed, stats=stats), wanted)
+    assert stats.decode_steps == 8 and stats.speculation is not None and stats.speculation.acceptance_rate == 1
+    exits = model.engine.exit  # type: ignore[attr-defined]
+    model.generate([PROMPT], max_new_tokens=5, speculation="auto")
+    assert model.engine.exit is exits  # type: ignore[attr-defined]  # opened once
+    model.close()
+    assert exits.closed == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"assistant_model": "tiny"}, PromptError, "assistant_model must be a CompiledModel, got str"),
+        ({"speculation": Speculation(drafters=("draft_model",))}, PromptError, "must be a CompiledModel, got NoneType"),
+        ({"speculation": Speculation(drafters=("early_exit",))}, PromptError, "needs the number of layers"),
+        ({"assistant_early_exit": 9}, UnsupportedError, "no exit after 9 layers"),
+        ({"speculation": "always"}, PromptError, "speculation must be"),
+        ({"prompt_lookup_num_tokens": 0}, PromptError, "tokens of a draft must be an integer from 1 to 64, got 0"),
+    ],
+    ids=str,
+)
+def test_speculation_that_cannot_be_is_refused_before_the_first_step(
+    llama: LlamaForCausalLM, arguments: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    model = drafting(llama)
+    with pytest.raises(kind, match=message):
+        model.generate([PROMPT], max_new_tokens=4, **arguments)
+    assert not model.engine.steps  # type: ignore[attr-defined]
+    model.generate([PROMPT], max_new_tokens=4)
+
+
+def test_a_draft_model_of_other_tokens_is_refused_before_the_first_step(llama: LlamaForCausalLM) -> None:
+    model = drafting(llama)
+
+    class Other:
+        bos_token_id, eos_token_id = BOS, EOS
+
+        def get_vocab(self) -> dict[str, int]:
+            return {**tiny_tokenizer().get_vocab(), "a": 5, "c": 3}
+
+    for tokenizer, message in ((Other(), "another tokenizer: '[ac]' is token"), (None, "has no tokenizer")):
+        draft = CompiledModel(TorchEngine(llama), tokenizer=tokenizer)  # type: ignore[arg-type]
+        with pytest.raises(PromptError, match=message):
+            model.generate([PROMPT], assistant_model=draft)
+        assert not draft.engine.steps  # type: ignore[attr-defined]
+    with pytest.raises(PromptError, match="assistant_model is the model itself"):
+        model.generate([PROMPT], assistant_model=model)
+    assert not model.engine.steps  # type: ignore[attr-defined]
+
+
+def test_an_engine_without_exits_says_so(model: CompiledModel) -> None:
+    with pytest.raises(UnsupportedError, match="the 'torch' engine has no early exits"):
+        model.generate([PROMPT], assistant_early_exit=1)
+
+
+def test_a_closed_draft_model_is_refused_and_the_model_goes_on(llama: LlamaForCausalLM) -> None:
+    model, draft = drafting(llama), CompiledModel(TorchEngine(llama), tokenizer=tiny_tokenizer())
+    draft.close()
+    with pytest.raises(UsageError, match="drafting was called on a closed model"):
+        model.generate([PROMPT], assistant_model=draft)
+    model.generate([PROMPT], max_new_tokens=2)
+
+
+def test_two_models_that_draft_for_each_other_do_not_wait_for_ever(llama: LlamaForCausalLM) -> None:
+    one, other = drafting(llama), drafting(tiny_llama(seed=1))
+    wanted = {id(m): m.generate([PROMPT], max_new_tokens=12).tolist() for m in (one, other)}
+    found: dict[int, list[Any]] = {id(one): [], id(other): []}
+
+    def run(model: CompiledModel, assistant: CompiledModel) -> None:
+        for _ in range(4):
+            found[id(model)].append(model.generate([PROMPT], max_new_tokens=12, assistant_model=assistant).tolist())
+
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in ((one, other), (other, one))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert found == {key: [text] * 4 for key, text in wanted.items()}

@@ -22,6 +22,7 @@ from ryzen_compile.runtime.sampling import (
     SamplingParams,
     TokenChooser,
     candidates,
+    distribution,
     draw,
     penalise_repeats,
     softmax,
@@ -128,9 +129,9 @@ def test_draws_follow_the_distribution_and_never_leave_it(settings: dict[str, An
     scores[[0, 15]] = -np.inf
     expected = transformers_probabilities(scores, params)
     generator = spawn_generators(11, 1)[0]
-    ids, kept = candidates(scores, params)
+    ids, probabilities = distribution(scores, params)
     draws = 30_000
-    observed = np.bincount([draw(ids, kept, generator) for _ in range(draws)], minlength=16)
+    observed = np.bincount([draw(ids, probabilities, generator) for _ in range(draws)], minlength=16)
     assert not observed[expected == 0].any()
     assert chi_square_p(observed, expected * draws) > 1e-4
     # The test has teeth: a distribution that is a fifth off in its largest entry is rejected.
@@ -148,9 +149,9 @@ def test_a_draw_at_either_end_of_the_unit_interval_stays_inside() -> None:
             return self.value
 
     ids = np.array([4, 6, 8, 9])
-    scores = np.array([-1000, 0, 0, -1000], dtype=np.float32)  # the ends underflow to a probability of exactly zero
-    assert draw(ids, scores, Fixed(0.0)) == 6  # type: ignore[arg-type]
-    assert draw(ids, scores, Fixed(np.nextafter(1.0, 0.0))) == 8  # type: ignore[arg-type]
+    probabilities = np.array([0, 0.5, 0.5, 0])
+    assert draw(ids, probabilities, Fixed(0.0)) == 6  # type: ignore[arg-type]
+    assert draw(ids, probabilities, Fixed(np.nextafter(1.0, 0.0))) == 8  # type: ignore[arg-type]
 
 
 def test_rows_have_independent_streams_that_do_not_depend_on_the_batch() -> None:
