@@ -58,7 +58,16 @@ def tune(
     if as_json:
         output.print_json(_as_json(tuning, kernels, written=not dry_run))
         return
-    for line in (*_candidates(tuning), *_operators(tuning), "", *_curve(tuning), "", *_kernels(kernels), ""):
+    for line in (
+        *_candidates(tuning),
+        *_operators(tuning),
+        "",
+        *_curves(tuning),
+        *_exit(tuning),
+        "",
+        *_kernels(kernels),
+        "",
+    ):
         typer.echo(line)
     typer.echo(f"nothing written: the entry would be {tuning.key}" if dry_run else f"wrote {tuning.key} to {artifact}")
 
@@ -99,16 +108,31 @@ def _operators(tuning: Tuning) -> list[str]:
     return [*lines, native.reason]
 
 
-def _curve(tuning: Tuning) -> list[str]:
+def _curves(tuning: Tuning) -> list[str]:
+    curves = tuning.curves
+    behind = "".join(f"{f'behind {context}':>14}" for context in curves)
     lines = [
-        f"one step of M new tokens behind {tuning.context}:",
-        f"{'M':>8}{'ms':>10}{'T(M)/T(1)':>12}",
-        *(f"{m:>8}{1e3 * t:>10.3f}{t / tuning.curve[1]:>12.2f}" for m, t in tuning.curve.items()),
+        "one step of M new tokens behind others, ms:",
+        f"{'M':>8}{behind}{'T(M)/T(1)':>12}",
+        *(
+            f"{m:>8}{''.join(f'{1e3 * curve[m]:>14.3f}' for curve in curves.values())}{t / longest[1]:>12.2f}"
+            for longest in (curves[tuning.context],)
+            for m, t in longest.items()
+        ),
     ]
     if not tuning.steady:
         lines.append("a longer step was faster than a shorter one: the machine was busy, tune again when it is quiet")
-    lines += [f"one token behind {context}: {1e3 * t:.3f} ms" for context, t in tuning.decode.items()]
     return lines + [f"a prompt of {tokens}: {1e3 * t:.1f} ms" for tokens, t in tuning.prefill.items()]
+
+
+def _exit(tuning: Tuning) -> list[str]:
+    found = tuning.exit
+    if found is None:
+        return ["no early exit was tried: the model cannot be left early, or came without a tokenizer"]
+    use = "used to draft with" if found.pays else "not used"
+    agrees = f"{100 * found.agreement:.0f} % of tokens as the whole model"
+    speed = f"{1e3 * found.seconds:.3f} ms a token, {found.gain:.2f} of the speed without to be expected"
+    return [f"an early exit after {found.layers} of the layers: {agrees}, {speed}: {use}"]
 
 
 def _kernels(kernels: KernelChoices) -> list[str]:

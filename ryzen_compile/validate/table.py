@@ -10,7 +10,7 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ryzen_compile.errors import UsageError
@@ -23,13 +23,15 @@ _LEFT_ALIGNED = {"model", "backend"}
 
 @dataclass(frozen=True)
 class Row:
-    """One line: a timing and what it was measured on. ``size_bytes`` is the weights as they are stored."""
+    """One line: a timing and what it was measured on. ``size_bytes`` is the weights as they are stored; ``facts`` are
+    scalars that a record says besides."""
 
     model: str
     size_bytes: int
     parameters: int
     threads: int
     timing: Timing
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def cells(self) -> tuple[str, ...]:
         """The text of each of :data:`COLUMNS`."""
@@ -63,6 +65,7 @@ class Row:
             "stddev_ts": timing.sd,
             "samples_ns": nanoseconds,
             "samples_ts": list(timing.rates),
+            **self.facts,
         }
 
 
@@ -122,7 +125,9 @@ def _csv(records: Sequence[Mapping[str, Any]]) -> str:
     out = io.StringIO()
     flat = [{name: value for name, value in record.items() if not isinstance(value, list)} for record in records]
     if flat:
-        writer = csv.DictWriter(out, fieldnames=list(flat[0]), lineterminator="\n")
+        # A row without another one's facts has empty fields.
+        names = dict.fromkeys(name for record in flat for name in record)
+        writer = csv.DictWriter(out, fieldnames=list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(flat)
     return out.getvalue().rstrip("\n")

@@ -39,14 +39,30 @@ def test_everything_asked_for_was_measured(tuning: Tuning) -> None:
     assert all(len(c.visits) >= tuning_run.LEAST_ROUNDS for c in tuning.candidates)
     assert (tuning.threads, tuning.spinning) in {(c.threads, c.spinning) for c in tuning.candidates}
     assert tuning.context == CONTEXT - tuning_run.LONGEST
-    assert list(tuning.curve) == list(range(1, 17))
-    assert list(tuning.decode) == [tuning.context // 8, tuning.context]
-    assert tuning.curve[1] == tuning.decode[tuning.context]
+    assert list(tuning.curves) == [tuning.context // 8, tuning.context]
+    assert all(list(curve) == list(range(1, tuning_run.LONGEST + 1)) for curve in tuning.curves.values())
     assert list(tuning.prefill) == [min(CONTEXT, tuning_run.MEASURED_PROMPT)]
-    figures = [*tuning.curve.values(), *tuning.decode.values(), *tuning.prefill.values()]
+    figures = [*(seconds for curve in tuning.curves.values() for seconds in curve.values()), *tuning.prefill.values()]
     assert all(math.isfinite(seconds) and seconds > 0 for seconds in figures)
     assert tuning.key == cpu_key(read_machine())
     assert tuning.versions["onnxruntime"] == read_machine().versions["onnxruntime"]
+
+
+def test_an_early_exit_was_tried(tuning: Tuning) -> None:
+    """Of two layers, the first; random weights rarely agree, so it is said and not used, or used and said."""
+    found = tuning.exit
+    assert found is not None and found.layers == 1
+    assert 0 <= found.agreement <= 1 and found.seconds > 0 and math.isfinite(found.gain)
+    assert found.pays is (found.gain > 1)
+
+
+def test_without_a_tokenizer_no_early_exit_is_tried(artifact: Path, tmp_path: Path) -> None:
+    found = tuning_run.artifact.read(artifact)
+    assert tuning_run._text(dataclasses.replace(found, directory=tmp_path)) is None
+    few = dataclasses.replace(found, spec=dataclasses.replace(found.spec, vocab=10))
+    assert tuning_run._text(few) is None  # the tokenizer's ids are not all the model's
+    windows = tuning_run._text(found)
+    assert windows is not None and windows.shape == (tuning_run.WINDOWS, min(tuning_run.WINDOW, CONTEXT))
 
 
 def test_the_record_survives_the_manifest_and_is_found_again(artifact: Path, tuning: Tuning, tmp_path: Path) -> None:
@@ -109,7 +125,7 @@ def test_a_single_candidate_is_visited_often_enough_for_a_spread(artifact: Path)
 
 
 @pytest.mark.parametrize(
-    ("context", "held", "longest"), [(1, 0, 1), (2, 1, 1), (16, 8, 8), (17, 1, 16), (4096, 512, 16)]
+    ("context", "held", "longest"), [(1, 0, 1), (2, 1, 1), (17, 8, 9), (18, 1, 17), (4096, 512, 17)]
 )
 def test_contexts_that_fit_the_model(context: int, held: int, longest: int, artifact: Path) -> None:
     found = tuning_run.artifact.read(artifact)

@@ -13,6 +13,7 @@ from ryzen_compile.backends.onnxruntime.claim_report import KINDS
 from ryzen_compile.backends.onnxruntime.tune import tuned_options
 from ryzen_compile.backends.onnxruntime.tuning import Tuning
 from ryzen_compile.errors import ArtifactError
+from ryzen_compile.runtime.speculative.exit_choice import ExitChoice
 
 KEY = "zen4-2c-32M"
 GOOD: dict[str, Any] = {
@@ -20,8 +21,7 @@ GOOD: dict[str, Any] = {
     "spinning": False,
     "reason": "2 threads, spinning off: the fastest",
     "context": 512,
-    "curve": {"1": 0.02, "2": 0.021, "16": 0.05},
-    "decode": {"0": 0.018, "512": 0.02},
+    "curves": {"64": {"1": 0.018}, "512": {"1": 0.02, "2": 0.021, "16": 0.05}},
     "prefill": {"128": 0.6},
     "candidates": [{"threads": 1, "spinning": True, "visits": [4.0, 4.1]}],
     "versions": {"onnxruntime": "1.31.1", "ryzen-compile": "0.1.0.dev1+abc"},
@@ -30,7 +30,10 @@ GOOD: dict[str, Any] = {
 
 def test_round_trip() -> None:
     tuning = Tuning.from_json(KEY, GOOD)
-    assert tuning.curve == {1: 0.02, 2: 0.021, 16: 0.05} and tuning.candidates[0].visits == (4.0, 4.1)
+    assert tuning.curves == {64: {1: 0.018}, 512: {1: 0.02, 2: 0.021, 16: 0.05}} and tuning.candidates[0].visits == (
+        4.0,
+        4.1,
+    )
     assert json.loads(json.dumps(tuning.to_json())) == GOOD
     assert Tuning.from_json(KEY, tuning.to_json()) == tuning
 
@@ -40,6 +43,16 @@ NATIVE: dict[str, Any] = {
     "reason": "native attention, matmul: the fastest",
     "candidates": [{"kinds": ["attention", "matmul"], "visits": [4.0]}, {"kinds": [], "visits": [5.0, 5.1]}],
 }
+
+
+EXIT = {"layers": 2, "agreement": 0.7, "seconds": 0.001, "gain": 1.2}
+
+
+def test_an_early_exit_is_an_optional_part_of_the_record() -> None:
+    tuning = Tuning.from_json(KEY, {**GOOD, "exit": EXIT})
+    assert tuning.exit == ExitChoice(2, 0.7, 0.001, 1.2) and tuning.exit.pays
+    assert json.loads(json.dumps(tuning.to_json())) == {**GOOD, "exit": EXIT}
+    assert Tuning.from_json(KEY, GOOD).exit is None and "exit" not in Tuning.from_json(KEY, GOOD).to_json()
 
 
 def test_native_operators_are_an_optional_part_of_the_record() -> None:
@@ -93,19 +106,22 @@ def test_options_come_from_the_record_of_this_machine_only() -> None:
         (("spinning",), 1, "spinning must be true or false"),
         (("reason",), "x" * 1001, "reason must be a text"),
         (("context",), -1, "context must be a whole number"),
-        (("curve",), {}, "curve must be an object of 1 to 64"),
-        (("curve",), {"2": 0.1}, "curve has no figure for 1 token"),
-        (("curve",), [0.1], "curve must be an object"),
-        (("curve", "1"), float("nan"), "curve must be seconds above 0"),
-        (("curve", "1"), float("inf"), "curve must be seconds above 0"),
-        (("curve", "1"), 0, "curve must be seconds above 0"),
-        (("curve", "1"), -0.1, "curve must be seconds above 0"),
-        (("curve", "1"), "0.1", "curve must be seconds above 0"),
-        (("curve", "1"), 10**400, "curve must be seconds above 0"),
-        (("curve", "01"), 0.1, "curve has '01' for a number of tokens"),
-        (("curve", "65"), 0.1, "from 1 to 64"),
-        (("curve", "0"), 0.1, "from 1 to 64"),
-        (("decode", "1.5"), 0.1, "decode has '1.5'"),
+        (("curves",), {}, "curves must be an object of 1 to 8 curves"),
+        (("curves",), {str(context): {"1": 0.1} for context in range(9)}, "curves must be an object of 1 to 8 curves"),
+        (("curves",), {"64": {"1": 0.1}}, "curves end behind 64 tokens, its context is 512"),
+        (("curves", "1.5"), {"1": 0.1}, "curves has '1.5'"),
+        (("curves", "512"), {}, "curves must be an object of 1 to 64"),
+        (("curves", "512"), {"2": 0.1}, "curves has no figure for 1 token"),
+        (("curves", "512"), [0.1], "curves must be an object"),
+        (("curves", "512", "1"), float("nan"), "curves must be seconds above 0"),
+        (("curves", "512", "1"), float("inf"), "curves must be seconds above 0"),
+        (("curves", "512", "1"), 0, "curves must be seconds above 0"),
+        (("curves", "512", "1"), -0.1, "curves must be seconds above 0"),
+        (("curves", "512", "1"), "0.1", "curves must be seconds above 0"),
+        (("curves", "512", "1"), 10**400, "curves must be seconds above 0"),
+        (("curves", "512", "01"), 0.1, "curves has '01' for a number of tokens"),
+        (("curves", "512", "65"), 0.1, "from 1 to 64"),
+        (("curves", "512", "0"), 0.1, "from 1 to 64"),
         (("prefill", "99999999"), 0.1, "prefill must be a whole number"),
         (("candidates",), [], "candidates must be a list"),
         (("candidates", 0, "visits"), [], "candidates must have 1 to 1000 visits"),
@@ -127,6 +143,15 @@ def test_options_come_from_the_record_of_this_machine_only() -> None:
         (("native",), {**NATIVE, "candidates": []}, "native must have 1 to 16 candidates"),
         (("native",), {**NATIVE, "candidates": [{"kinds": []}]}, "native must have kinds and visits"),
         (("native",), {**NATIVE, "candidates": [{"kinds": [], "visits": [0]}]}, "native must be seconds"),
+        (("exit",), None, "exit must have layers, agreement, seconds and gain"),
+        (("exit",), {**EXIT, "script": 1}, "exit must have layers, agreement, seconds and gain"),
+        (("exit",), {**EXIT, "layers": 0}, "exit must be a whole number from 1 to"),
+        (("exit",), {**EXIT, "layers": 2.0}, "exit must be a whole number"),
+        (("exit",), {**EXIT, "agreement": 1.1}, "exit must be numbers from 0 to 1"),
+        (("exit",), {**EXIT, "agreement": float("nan")}, "exit must be numbers from 0 to 1"),
+        (("exit",), {**EXIT, "gain": True}, "exit must be numbers from 0 to 100"),
+        (("exit",), {**EXIT, "gain": float("inf")}, "exit must be numbers from 0 to 100"),
+        (("exit",), {**EXIT, "seconds": 0}, "exit must be seconds above 0"),
     ],
 )
 def test_odd_fields_are_refused_by_name(place: tuple[Any, ...], value: object, message: str) -> None:
@@ -210,5 +235,5 @@ def test_spread_shrinks_with_visits_and_has_a_floor() -> None:
     [({1: 1.0, 2: 1.0, 4: 3.0}, True), ({1: 1.2, 2: 1.0}, True), ({1: 1.0, 2: 9.0, 3: 1.1}, False)],
 )
 def test_a_disturbed_curve_is_noticed(curve: dict[int, float], steady: bool) -> None:
-    record = {**GOOD, "curve": {str(m): seconds for m, seconds in curve.items()}}
+    record = {**GOOD, "curves": {"64": {"1": 9.0}, "512": {str(m): seconds for m, seconds in curve.items()}}}
     assert Tuning.from_json(KEY, record).steady is steady

@@ -1,8 +1,9 @@
-"""Measuring how an artifact runs best on this machine: threads, spinning, native operators or stock ones, and what a
-step of several tokens costs.
+"""Measuring how an artifact runs best on this machine: threads, spinning, native operators or stock ones, what a step
+of several tokens costs, and whether to draft with the model's own first layers.
 
-One session is open at a time. The threads of an idle session keep spinning on the cores for a while, so two sessions
-that are open together slow each other down, and what is measured is their quarrel. Candidates can therefore not take
+One session is open at a time, but for an early exit, which runs beside its model in use as well. The threads of an idle
+session may keep spinning on the cores for a while, so two sessions that are open together could slow each other down,
+and what is measured would be their quarrel. Candidates can therefore not take
 turns step by step; they take turns by visits instead: each is opened, measured for a moment and closed, and the round
 starts again, forwards and backwards in turn, so that a slower minute of the machine meets all of them.
 
@@ -31,15 +32,25 @@ from ryzen_compile.backends.onnxruntime.tuning import MOST_THREADS_PER_CORE, Nat
 from ryzen_compile.errors import UsageError
 from ryzen_compile.manifest import tuned
 from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.runtime.speculative.exit_choice import (
+    ExitChoice,
+    agreement,
+    candidate_layers,
+    choose_exit,
+    step_seconds,
+)
+from ryzen_compile.runtime.tokenizer import Tokenizer
+from ryzen_compile.text import BUILTIN, read_text, token_windows
 from ryzen_compile.validate.machine import Machine, cpu_key, read_machine
 
 Progress = Callable[[str], None]
-LONGEST = 16  # new tokens of a step on the cost curve
+LONGEST = 17  # new tokens of a step on a cost curve: 16 drafted ones and the one before them
 CONTEXT = 512  # tokens held while it is measured, where the model has room for them
 MEASURED_PROMPT = 128  # tokens; the request's prompt is counted as several of these
 LEAST_ROUNDS, MOST_ROUNDS = 3, 9
 VISIT_SECONDS = 0.5  # of decode steps
 LEAST_STEPS, MOST_STEPS = 3, 50
+WINDOWS, WINDOW = 4, 128  # of text, and their tokens, that an early exit and its model predict
 THREADS_SHARE, CHOICE_SHARE = 0.4, 0.7  # of the budget, when their choice and all choices end; the curve has the rest
 
 
@@ -77,18 +88,19 @@ def tune(
     options = options if native is None else replace(options, native=native.kinds)
     _say(progress, f"measuring the cost of a step with {best}")
     with bench.opened(options) as subject:
-        curve, decode, prefill = _profile(subject, ends[2])
+        curves, prefill = _profile(subject, ends[2])
+        early = _choose_exit(subject, curves[bench.context], progress)
     return Tuning(
         key=cpu_key(machine),
         threads=best.threads,
         spinning=best.spinning,
         reason=reason,
         context=bench.context,
-        curve=curve,
-        decode=decode,
+        curves=curves,
         prefill=prefill,
         candidates=candidates,
         native=native,
+        exit=early,
         versions={name: machine.versions[name] or "unknown" for name in ("ryzen-compile", "onnxruntime")},
     )
 
@@ -129,6 +141,7 @@ class _Bench:
         room = found.spec.context
         self.context = max(0, min(CONTEXT, room - LONGEST) if room > LONGEST else room // 2)
         self.longest = max(1, min(LONGEST, room - self.context))
+        self.contexts = tuple(sorted({self.context // 8, self.context}))
         self.prompt = min(MEASURED_PROMPT, room)
 
     @contextmanager
@@ -151,14 +164,23 @@ class _Subject:
         ids = np.random.default_rng(0)
         self.tokens = ids.integers(0, engine.spec.vocab, (1, capacity), dtype=np.int64)
 
-    def step(self, tokens: int, context: int | None = None) -> float:
+    def verify(self, tokens: int, context: int) -> float:
+        """One step of ``tokens`` new tokens behind ``context`` others, with the logits of all where they can be had.
+
+        It follows a step of one token, as it does while generating: what ran before, a prompt perhaps, has left other
+        weights and rows in the caches of the processor.
+        """
+        self.step(1, context)
+        return self.step(tokens, context, tokens if self.engine.verifies else 1)
+
+    def step(self, tokens: int, context: int | None = None, last: int = 1) -> float:
         """One step of ``tokens`` new tokens behind ``context`` others (None: the bench's)."""
         held = self.bench.context if context is None else context
         new = self.tokens[:, :tokens]
         self.cache.truncate(0)
         self.cache.advance(held)
         start = time.perf_counter()
-        self.engine.step(new, self.cache)
+        self.engine.step(new, self.cache, last)
         return time.perf_counter() - start
 
     def steps(self, seconds: float) -> list[float]:
@@ -218,22 +240,55 @@ def _request_seconds(subject: _Subject) -> float:
     return prompt + statistics.median(subject.steps(VISIT_SECONDS)) * NEW
 
 
-def _profile(subject: _Subject, end: float) -> tuple[dict[int, float], dict[int, float], dict[int, float]]:
-    """Cost curve, decode time by context and prefill time, taken in turns until the clock shows ``end``."""
+def _profile(subject: _Subject, end: float) -> tuple[dict[int, dict[int, float]], dict[int, float]]:
+    """Cost curves by context, and prefill time, taken in turns until the clock shows ``end``."""
     bench = subject.bench
-    samples: dict[tuple[int, int], list[float]] = {(m, bench.context): [] for m in range(1, bench.longest + 1)}
-    samples |= {(1, bench.context // 8): [], (bench.prompt, 0): []}
-    for tokens, context in samples:
-        subject.step(tokens, context)
+    places = [(m, context) for context in bench.contexts for m in range(1, bench.longest + 1)]
+    samples: dict[tuple[int, int], list[float]] = {place: [] for place in places}
+    prompts: list[float] = []
+    for place in places:
+        subject.verify(*place)  # the first one allocates
+    subject.prefill()
     rounds = 0
     while rounds < LEAST_STEPS or (rounds < MOST_STEPS and time.perf_counter() < end):
-        for tokens, context in samples if rounds % 2 == 0 else reversed(samples):
-            samples[tokens, context].append(subject.step(tokens, context))
+        for place in places if rounds % 2 == 0 else reversed(places):
+            samples[place].append(subject.verify(*place))
+        prompts.append(subject.prefill())
         rounds += 1
-    medians = {place: statistics.median(seconds) for place, seconds in samples.items()}
-    curve = {m: medians[m, bench.context] for m in range(1, bench.longest + 1)}
-    decode = {context: medians[1, context] for context in sorted({bench.context // 8, bench.context})}
-    return curve, decode, {bench.prompt: medians[bench.prompt, 0]}
+    curves = {
+        context: {m: statistics.median(samples[m, context]) for m in range(1, bench.longest + 1)}
+        for context in bench.contexts
+    }
+    return curves, {bench.prompt: statistics.median(prompts)}
+
+
+def _choose_exit(subject: _Subject, curve: Mapping[int, float], progress: Progress | None) -> ExitChoice | None:
+    """The early exit to expect most of; None where the model cannot be left early or there is no text to try it on."""
+    engine, bench = subject.engine, subject.bench
+    depths = candidate_layers(engine.spec.layers, engine.exits) if engine.verifies else ()
+    windows = _text(bench.found) if depths else None
+    if windows is None:
+        return None
+    measured = []
+    for layers in depths:
+        early = engine.early_exit(layers)
+        try:
+            seconds = step_seconds(early, bench.context)
+            measured.append((layers, agreement(engine, early, windows), seconds))
+        finally:
+            early.close()
+        _say(progress, f"leaving after {layers} layers: {measured[-1][1]:.0%} of tokens alike, {1e3 * seconds:.2f} ms")
+    return choose_exit(measured, curve)
+
+
+def _text(found: Artifact) -> np.ndarray | None:
+    """Windows ``(n, T)`` int64 of text in the model's tokens; None without a tokenizer whose ids are all its own."""
+    if not (found.directory / "tokenizer.json").exists():
+        return None
+    encode = Tokenizer.from_directory(found.directory).encode
+    length = min(WINDOW, found.spec.context)
+    windows = token_windows(read_text(BUILTIN), encode, length, WINDOWS * length)
+    return windows if windows.max() < found.spec.vocab else None
 
 
 def _checked(threads: Sequence[int], machine: Machine) -> tuple[int, ...]:

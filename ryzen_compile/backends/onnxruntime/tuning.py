@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, overload
 
 from ryzen_compile.backends.onnxruntime.candidates import Candidate, NativeCandidate
 from ryzen_compile.backends.onnxruntime.claim_report import KINDS
 from ryzen_compile.errors import ArtifactError
 from ryzen_compile.manifest import shown
+from ryzen_compile.runtime.speculative.exit_choice import ExitChoice
 
 LONGEST_STEP = 64  # new tokens of a step that a cost curve may hold
 MOST_SECONDS = 1e5
@@ -22,6 +23,9 @@ MOST_TOKENS = 1 << 24
 MOST_CANDIDATES = 1_000
 MOST_VISITS = 1_000
 MOST_THREADS_PER_CORE = 8
+MOST_CURVES = 8
+MOST_LAYERS = 10_000
+MOST_GAIN = 100
 UNSTEADY = 1.5
 _KEY = re.compile(r"[A-Za-z0-9_.+]{1,60}-(?P<cores>[1-9][0-9]{0,3})c(-[0-9.]{1,10}M)?")
 _VERSION = re.compile(r"[A-Za-z0-9._+!-]{1,60}")
@@ -46,27 +50,28 @@ class NativeTuning:
 
 @dataclass(frozen=True)
 class Tuning:
-    """``curve`` has the seconds of one step of M new tokens behind ``context`` others, ``decode`` those of one new
-    token behind each of some contexts, ``prefill`` those of a prompt of some tokens in an empty cache: medians, all
-    with the chosen ``threads``, ``spinning`` and operators. ``native`` is None where there were none to try."""
+    """``curves`` has the seconds of one step of M new tokens with the logits of all, by M, behind each of some
+    contexts, of which ``context`` is the longest; ``prefill`` those of a prompt of some tokens in an empty cache:
+    medians, all with the chosen ``threads``, ``spinning`` and operators. ``native`` and ``exit``, the early exit to
+    expect most of, are None where there were none to try."""
 
     key: str
     threads: int
     spinning: bool
     reason: str
     context: int
-    curve: dict[int, float]
-    decode: dict[int, float]
+    curves: dict[int, dict[int, float]]
     prefill: dict[int, float]
     candidates: tuple[Candidate, ...]
     versions: dict[str, str]
     native: NativeTuning | None = None
+    exit: ExitChoice | None = None
 
     @property
     def steady(self) -> bool:
         """False when a step took ``UNSTEADY`` times as long as one of more tokens: something else was running."""
-        costs = [self.curve[m] for m in sorted(self.curve)]
-        return all(cost <= UNSTEADY * min(costs[i:]) for i, cost in enumerate(costs))
+        lines = [[curve[m] for m in sorted(curve)] for curve in self.curves.values()]
+        return all(cost <= UNSTEADY * min(costs[i:]) for costs in lines for i, cost in enumerate(costs))
 
     def to_json(self) -> dict[str, Any]:
         """What ``from_json`` reads; the key is not in it, it is what the record is found by."""
@@ -75,12 +80,14 @@ class Tuning:
             "spinning": self.spinning,
             "reason": self.reason,
             "context": self.context,
-            **{name: _with_text_keys(getattr(self, name)) for name in ("curve", "decode", "prefill")},
+            "curves": {str(context): _with_text_keys(curve) for context, curve in self.curves.items()},
+            "prefill": _with_text_keys(self.prefill),
             "candidates": [
                 {"threads": c.threads, "spinning": c.spinning, "visits": list(c.visits)} for c in self.candidates
             ],
             "versions": dict(self.versions),
             **({} if self.native is None else {"native": self.native.to_json()}),
+            **({} if self.exit is None else {"exit": asdict(self.exit)}),
         }
 
     @classmethod
@@ -101,16 +108,16 @@ class Tuning:
             spinning=fields.read("spinning", _flag),
             reason=fields.read("reason", _text),
             context=fields.read("context", lambda value: _count(value, 0, MOST_TOKENS)),
-            curve=fields.read("curve", lambda value: _seconds_by_count(value, LONGEST_STEP)),
-            decode=fields.read("decode", lambda value: _seconds_by_count(value, MOST_TOKENS, least=0)),
+            curves=fields.read("curves", _curves),
             prefill=fields.read("prefill", lambda value: _seconds_by_count(value, MOST_TOKENS)),
             candidates=fields.read("candidates", lambda value: _candidates(value, most)),
             versions=fields.read("versions", _versions),
             native=fields.read("native", _native, optional=True),
+            exit=fields.read("exit", _exit, optional=True),
         )
         fields.require_end()
-        if 1 not in tuning.curve:
-            raise _refused(key, "curve has no figure for 1 token")
+        if max(tuning.curves) != tuning.context:
+            raise _refused(key, f"curves end behind {max(tuning.curves)} tokens, its context is {tuning.context}")
         return tuning
 
 
@@ -172,15 +179,34 @@ def _text(value: object) -> str:
     return value
 
 
-def _seconds_by_count(value: object, most: int, *, least: int = 1) -> dict[int, float]:
-    """``{"1": 0.02}`` -> ``{1: 0.02}``, in the order of the counts."""
-    if not isinstance(value, Mapping) or not value or len(value) > LONGEST_STEP:
-        raise ValueError(f"must be an object of 1 to {LONGEST_STEP} figures, got {shown(value)}")
-    result: dict[int, float] = {}
-    for name, seconds in value.items():
+def _curves(value: object) -> dict[int, dict[int, float]]:
+    """``{"512": {"1": 0.02}}`` -> ``{512: {1: 0.02}}``; every curve has a figure for a lone token."""
+    return _by_count(value, "curves", MOST_CURVES, 0, MOST_TOKENS, _curve)
+
+
+def _curve(value: object) -> dict[int, float]:
+    curve = _seconds_by_count(value, LONGEST_STEP)
+    if 1 not in curve:
+        raise ValueError("has no figure for 1 token")
+    return curve
+
+
+def _seconds_by_count(value: object, most: int) -> dict[int, float]:
+    """``{"1": 0.02}`` -> ``{1: 0.02}``."""
+    return _by_count(value, "figures", LONGEST_STEP, 1, most, _seconds)
+
+
+def _by_count(
+    value: object, what: str, longest: int, least: int, most: int, check: Callable[[object], Value]
+) -> dict[int, Value]:
+    """An object of at most ``longest`` entries by numbers of tokens from ``least`` to ``most``, in their order."""
+    if not isinstance(value, Mapping) or not value or len(value) > longest:
+        raise ValueError(f"must be an object of 1 to {longest} {what}, got {shown(value)}")
+    result: dict[int, Value] = {}
+    for name, entry in value.items():
         if not isinstance(name, str) or not re.fullmatch(r"0|[1-9][0-9]{0,8}", name):
             raise ValueError(f"has {shown(name)} for a number of tokens")
-        result[_count(int(name), least, most)] = _seconds(seconds)
+        result[_count(int(name), least, most)] = check(entry)
     return dict(sorted(result.items()))
 
 
@@ -214,6 +240,23 @@ def _native(value: object) -> NativeTuning:
             raise ValueError(f"must have kinds and visits for each candidate, got {shown(entry)}")
     candidates = tuple(NativeCandidate(_kinds(entry["kinds"]), _visits(entry["visits"])) for entry in entries)
     return NativeTuning(_kinds(value["kinds"]), _text(value["reason"]), candidates)
+
+
+def _exit(value: object) -> ExitChoice:
+    if not isinstance(value, Mapping) or set(value) != {"layers", "agreement", "seconds", "gain"}:
+        raise ValueError(f"must have layers, agreement, seconds and gain, got {shown(value)}")
+    return ExitChoice(
+        _count(value["layers"], 1, MOST_LAYERS),
+        _number(value["agreement"], 1),
+        _seconds(value["seconds"]),
+        _number(value["gain"], MOST_GAIN),
+    )
+
+
+def _number(value: object, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+        raise ValueError(f"must be numbers from 0 to {most:g}, got {shown(value)}")
+    return float(value)
 
 
 def _kinds(value: object) -> frozenset[str]:
