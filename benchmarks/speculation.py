@@ -172,10 +172,11 @@ class Bench:
         ))  # fmt: skip
 
     def ask(self, ids: Sequence[int], speculation: object, **sampling: Any) -> tuple[np.ndarray, Sample]:
-        """The same by way of the model's own ``generate``."""
+        """The same by way of the model's own ``generate``; a mask, because random ids may be padding's."""
         stats = GenerationStats()
         return self._measured(stats, lambda: self.model.generate(
-            [list(ids)], max_new_tokens=self.new, eos_token_id=None, speculation=speculation, stats=stats, **sampling
+            [list(ids)], [[1] * len(ids)], max_new_tokens=self.new, eos_token_id=None, speculation=speculation,
+            stats=stats, **sampling,
         ))  # fmt: skip
 
     def _measured(self, stats: GenerationStats, run: Callable[[], Any]) -> tuple[np.ndarray, Sample]:
@@ -426,8 +427,8 @@ def tiny(args: argparse.Namespace, recipe: str, kv: str = "fp32") -> Path:
 
 
 def shaped(args: argparse.Namespace) -> Path:
-    """The artifact of a larger shape."""
-    return Path(args.artifact or args.work / args.shape)
+    """The artifact of a larger shape; for ``replay`` one whose every token has a clear successor."""
+    return Path(args.artifact or args.work / (args.shape + "-decided" * (args.command == "replay")))
 
 
 def provide(args: argparse.Namespace) -> None:
@@ -443,9 +444,9 @@ def provide(args: argparse.Namespace) -> None:
         if not tiny(args, recipe, kv).exists():
             cli("export", str(MODEL), str(tiny(args, recipe, kv)), "--recipe", recipe, "--kv", kv, "--no-verify")
     if args.command in ("random", "replay") and args.artifact is None and not shaped(args).exists():
-        prepare(args.shape, "int8", shaped(args))
+        prepare(args.shape, "int8", shaped(args), decided=args.command == "replay")
     if args.command in ("text", "random") and args.artifact is None and args.tune:
-        for path in [tiny(args, "int4")] + [shaped(args)] * (args.command == "random"):
+        for path in (tiny(args, "int4"), shaped(args)) if args.command == "random" else (tiny(args, "int4"),):
             if cpu_key(read_machine()) not in tuned(read_manifest(path)):
                 cli("tune", str(path), "--threads", str(args.threads), "--seconds", str(args.tune))
 

@@ -23,12 +23,14 @@ class Capability:
 class Backend(Protocol):
     """``supported_ops`` names operators of the dialect as ``ryzen::rms_norm``; core ATen is taken for granted.
 
-    ``cache_formats`` are the names of ``KVCacheConfig`` that it can keep, None for all.
+    ``cache_formats`` are the names of ``KVCacheConfig`` that it can keep, None for all. ``evicts`` says whether its
+    engines drop by themselves what lies behind a layer's window; else such layers keep every token.
     """
 
     name: str
     supported_ops: frozenset[str]
     cache_formats: frozenset[str] | None
+    evicts: bool
 
     def probe(self) -> Capability:
         """Whether this backend can run on this machine; imports its libraries, raises nothing."""

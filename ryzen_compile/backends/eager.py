@@ -18,6 +18,7 @@ from ryzen_compile.interpret import interpret
 from ryzen_compile.program import Program
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import check_last
+from ryzen_compile.runtime.storage import HOST
 
 SUPPORTED = frozenset(f"ryzen::{name}" for name in ops.__all__ if name not in {"ACTIVATIONS", "activate"})
 
@@ -28,6 +29,7 @@ class EagerBackend:
     name = "eager"
     supported_ops = SUPPORTED
     cache_formats = None
+    evicts = True
 
     def probe(self) -> Capability:
         return Capability(True, f"torch {torch.__version__}")
@@ -40,6 +42,7 @@ class EagerEngine:
     """An ``Engine`` over the references. Raises ``UsageError`` when ``program`` has no cache slots."""
 
     name = "eager"
+    storage = HOST
 
     def __init__(self, program: Program) -> None:
         if not program.slots:

@@ -10,7 +10,6 @@ without reading them.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -27,6 +26,7 @@ from ryzen_compile.runtime.layout import (
     row_layout,
     token_bytes,
 )
+from ryzen_compile.runtime.storage import HOST, Buffer, Storage
 from ryzen_compile.spec import CacheSlot
 
 
@@ -49,10 +49,10 @@ class KVCache:
     ``lengths`` ``(B,)`` int64 is how many tokens each row has seen; ``keys[i]`` and ``values[i]`` belong to
     ``slots[i]``, which holds ``slots[i].resident(length)`` of them. ``limit`` is the model's context, which
     ``capacity`` never exceeds (None: unlimited). ``revision`` changes with the buffers. ``budget_bytes`` bounds keys
-    and values together (None: the machine's physical memory, where it can be asked for), ``account`` what several
-    caches may take; a request beyond either raises ``MemoryLimitError`` before anything is allocated. Buffers start as
-    zeros, not garbage: an attention that multiplies unwritten positions by a probability of zero must not meet a NaN
-    there.
+    and values together (None: all the memory of ``storage``, where it can be asked for), ``account`` what several
+    caches may take; a request beyond either raises ``MemoryLimitError`` before anything is allocated. Buffers are
+    ``storage``'s, NumPy arrays unless an engine keeps them elsewhere; they start as zeros, not garbage: an attention
+    that multiplies unwritten positions by a probability of zero must not meet a NaN there.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class KVCache:
         chunk: int = 256,
         budget_bytes: int | None = None,
         account: Account | None = None,
+        storage: Storage = HOST,
     ) -> None:
         if batch < 1 or capacity < 0 or chunk < 1:
             raise UsageError(
@@ -73,10 +74,11 @@ class KVCache:
         self.slots = tuple(slots)
         self.limit = limit
         self.chunk = chunk
-        self.budget_bytes = budget_bytes if budget_bytes is not None else physical_memory_bytes()
+        self.budget_bytes = budget_bytes if budget_bytes is not None else storage.memory_bytes()
         self.lengths = np.zeros(batch, dtype=np.int64)
-        self.keys: list[np.ndarray] = []
-        self.values: list[np.ndarray] = []
+        self.storage = storage
+        self.keys: list[Buffer] = []
+        self.values: list[Buffer] = []
         self.capacity = capacity
         self.revision = 0
         self._account = account
@@ -86,7 +88,7 @@ class KVCache:
         self._ask(cache_bytes(self.slots, batch, capacity))
         for slot in self.slots:
             for buffers, (form, width) in zip((self.keys, self.values), row_layout(slot), strict=True):
-                buffers.append(np.zeros((batch, slot.kv_heads, slot.rows or capacity, width), form.dtype))
+                buffers.append(storage.zeros((batch, slot.kv_heads, slot.rows or capacity, width), form.dtype))
 
     @property
     def batch(self) -> int:
@@ -152,10 +154,11 @@ class KVCache:
         held = int(self.lengths.max())
         self.revision += 1  # first, or whoever bound a buffer that is replaced would not learn of it if growing fails
         # One slot at a time, so that no more than one slot exists twice while growing.
+        rows, grown = np.arange(self.batch), self.storage.copy_rows
         for index, slot in enumerate(self.slots):
             if not slot.rows:
-                self.keys[index] = _grown(self.keys[index], held, capacity)
-                self.values[index] = _grown(self.values[index], held, capacity)
+                self.keys[index] = grown(self.keys[index], rows, held, capacity)
+                self.values[index] = grown(self.values[index], rows, held, capacity)
         self.capacity = capacity
 
     def advance(self, tokens: int) -> None:
@@ -215,14 +218,15 @@ class KVCache:
             raise UsageError(f"rows must be one or more numbers from 0 to {self.batch - 1}, got {list(rows)!r}")
         if room is not None and room < 0:
             raise UsageError(f"room is a number of tokens >= 0, got {room}")
-        picked = self._derive(self.lengths[wanted], np.bincount(wanted)[wanted] > 1, is_view=False)
+        repeated = (np.bincount(wanted)[wanted] > 1) & self.storage.shares_pages
+        picked = self._derive(self.lengths[wanted], repeated, is_view=False)
         longest = int(picked.lengths.max())
         picked.capacity = self._capacity_of_copies(picked, self.capacity if room is None else longest + room)
         picked._ask(cache_bytes(self.slots, picked.batch, picked.capacity))
         for slot, *buffers in zip(self.slots, self.keys, self.values, strict=True):
             # A rolling slot holds all of a shorter row wherever it holds less of a longer one.
             held, capacity = min(longest, slot.rows or longest), slot.rows or picked.capacity
-            keys, values = (pages.copy_rows(buffer, wanted, held, capacity) for buffer in buffers)
+            keys, values = (self.storage.copy_rows(buffer, wanted, held, capacity) for buffer in buffers)
             picked.keys.append(keys)
             picked.values.append(values)
         return picked
@@ -280,19 +284,3 @@ class KVCache:
     def _ask(self, needed: int) -> None:
         if self._account is not None:
             self._account.ask(self, needed)
-
-
-def physical_memory_bytes() -> int | None:
-    """The machine's memory, or None where the system does not say (no ``sysconf`` on Windows)."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _grown(buffer: np.ndarray, held: int, capacity: int) -> np.ndarray:
-    """``buffer`` ``(B, K, S, W)`` with S = ``capacity``, its first ``held`` positions kept, zeros after them."""
-    batch, heads, _, width = buffer.shape
-    bigger = np.zeros((batch, heads, capacity, width), buffer.dtype)
-    bigger[:, :, :held] = buffer[:, :, :held]
-    return bigger

@@ -85,7 +85,9 @@ class CompiledModel:
         self._identity = identity
         self._name = identity or f"in memory {secrets.token_hex(8)}"  # what cached rows belong to
         self.stream = None if stream is None else self._streamed(*stream)
-        self.pool = CachePool(engine.slots, limit=engine.spec.context, budget_bytes=cache_budget_bytes)
+        self.pool = CachePool(
+            engine.slots, limit=engine.spec.context, budget_bytes=cache_budget_bytes, storage=engine.storage
+        )
         if prefix_bytes and self.stream is not None:
             raise UsageError("prefix_bytes is of no use to a model made with a window, which keeps no whole prompts")
         self.prefixes = PrefixStore(engine.slots, budget_bytes=prefix_bytes) if prefix_bytes else None
@@ -193,7 +195,7 @@ class CompiledModel:
             if len(rows) != 1:
                 raise PromptError(f"a prompt cache holds one prompt, got {len(rows)}")
             tokens = np.array(rows[0], dtype=np.int64)
-            cache = KVCache(self.engine.slots, 1, 0, limit=spec.context, account=self.pool)
+            cache = KVCache(self.engine.slots, 1, 0, limit=spec.context, account=self.pool, storage=self.engine.storage)
             cache.reserve(len(tokens))
             known = 0 if prompt_cache is None else prompt_cache.fill(cache, tokens)
             read(self.engine, cache, rows[0], known=known)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ryzen_compile.errors import UsageError
 from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.runtime.storage import Storage
 from ryzen_compile.spec import CacheSlot, ModelSpec
 
 __all__ = ["CacheSlot", "Engine", "ModelSpec", "check_last"]
@@ -25,7 +26,7 @@ class Engine(Protocol):
     of every new token, ``(B, T, V)``, or of as many as it is asked for. ``verifies`` says whether those may be more
     than one, as checking drafted tokens takes. Steps of ``prompt_from`` tokens and more compute a token's row alike,
     whatever else is in the step, but for the last bits of a float32 sum; smaller ones may use another form of the
-    weights.
+    weights. ``storage`` is where the caches that it steps on must lie.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Engine(Protocol):
     all_logits: bool
     verifies: bool
     prompt_from: int
+    storage: Storage
 
     def step(self, tokens: np.ndarray, cache: KVCache, last: int = 1) -> np.ndarray:
         """Logits ``(B, n, V)`` float32 after ``tokens`` ``(B, T)`` int64 were appended to ``cache``; those of the

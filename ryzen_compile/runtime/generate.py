@@ -139,7 +139,7 @@ def generate(
     windows = [strings.start(own) for own in prompt.rows() for _ in range(settings.copies)] if strings else []
     tracker = StopTracker(rows, eos=settings.eos, windows=windows, criteria=list(stopping_criteria or ()))
     if pool is None:
-        pool = CachePool(engine.slots, limit=context)
+        pool = CachePool(engine.slots, limit=context, storage=engine.storage)
     show = None if streamer is None else _shower(streamer, input_ids)
     known = prefixes if stream is None else None
     reuse = Reuse([source for source in (known, prompt_cache) if source is not None], known)

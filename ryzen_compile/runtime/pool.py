@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ryzen_compile.errors import MemoryLimitError, UsageError
-from ryzen_compile.runtime.cache import KVCache, physical_memory_bytes
+from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.layout import check_fits
+from ryzen_compile.runtime.storage import HOST, Storage
 from ryzen_compile.spec import CacheSlot
 
 IDLE_BYTES = 1 << 30  # kept at most for the next borrower, however large the budget
@@ -46,10 +47,10 @@ class PoolMemory:
 
 
 class CachePool:
-    """Caches of one layout: ``slots``, ``limit`` and ``chunk`` are those of ``KVCache``.
+    """Caches of one layout: ``slots``, ``limit``, ``chunk`` and ``storage`` are those of ``KVCache``.
 
-    ``budget_bytes`` bounds live caches, idle ones and registered holders together (None: the machine's physical
-    memory, where it can be asked for). Idle caches take at most ``idle_share`` of it, a quarter unless said otherwise,
+    ``budget_bytes`` bounds live caches, idle ones and registered holders together (None: all the memory of ``storage``,
+    where it can be asked for). Idle caches take at most ``idle_share`` of it, a quarter unless said otherwise,
     and 1 GiB; where the budget is not known, one cache is kept.
     """
 
@@ -61,14 +62,16 @@ class CachePool:
         budget_bytes: int | None = None,
         chunk: int = 256,
         idle_share: float = 0.25,
+        storage: Storage = HOST,
     ) -> None:
         if not 0 <= idle_share <= 1:
             raise UsageError(f"idle_share is a share of the budget from 0 to 1, got {idle_share}")
         self.slots = tuple(slots)
         self.limit = limit
         self.chunk = chunk
-        self.budget_bytes = budget_bytes if budget_bytes is not None else physical_memory_bytes()
+        self.budget_bytes = budget_bytes if budget_bytes is not None else storage.memory_bytes()
         self.idle_share = idle_share
+        self.storage = storage
         self._live: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self._idle: list[KVCache] = []  # the longest unused first
         self._holders: list[Holder] = []
@@ -97,7 +100,14 @@ class CachePool:
             return cache
         self.require(batch, tokens)
         cache = KVCache(
-            self.slots, batch, 0, limit=self.limit, chunk=self.chunk, budget_bytes=self.budget_bytes, account=self
+            self.slots,
+            batch,
+            0,
+            limit=self.limit,
+            chunk=self.chunk,
+            budget_bytes=self.budget_bytes,
+            account=self,
+            storage=self.storage,
         )
         cache.reserve(tokens)
         return cache

@@ -22,6 +22,7 @@ import numpy as np
 from ryzen_compile.errors import UsageError
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.layout import row_layout
+from ryzen_compile.runtime.storage import Buffer
 from ryzen_compile.spec import CacheSlot
 
 _ROOT = 0
@@ -78,12 +79,14 @@ class PrefixStore:
         self.block = block
         self.budget_bytes = budget_bytes
         self._parts: list[tuple[slice, tuple[int, int, int]]] = []
+        self._dtypes: list[np.dtype] = []
         self.block_bytes = 0
         for slot in self.slots:
             for form, width in row_layout(slot):
                 begin, shape = self.block_bytes, (slot.kv_heads, block, width * form.dtype.itemsize)
                 self.block_bytes += prod(shape)
                 self._parts.append((slice(begin, self.block_bytes), shape))
+                self._dtypes.append(form.dtype)
         self._blocks: OrderedDict[_Name, _Block] = OrderedDict()
         self._numbers = itertools.count(_ROOT + 1)
         self._lookups = self._hits = self._asked = self._reused = self._evicted = 0
@@ -127,11 +130,10 @@ class PrefixStore:
         row.reserve(len(path) * self.block)
         # Walked again: to grow, the row may have made this store give bytes back.
         path = self._path(ids, len(path))
-        buffers = _as_bytes(row)
         for index, name in enumerate(path):
-            where = slice(index * self.block, (index + 1) * self.block)
-            for buffer, rows in zip(buffers, self._split(self._blocks[name].rows), strict=True):
-                buffer[:, where] = rows
+            parts = zip(self._block_of(row, index), self._split(self._blocks[name].rows), self._dtypes, strict=True)
+            for buffer, rows, dtype in parts:
+                row.storage.write(buffer, rows.view(dtype))
         filled = len(path) * self.block
         row.lengths[0] = filled
         self._lookups += 1
@@ -165,10 +167,9 @@ class PrefixStore:
         # The path is made recent before anything is evicted, so that it is not what is evicted.
         self._touch(path)
         self._evict(len(self._blocks) + blocks - known - room)
-        buffers = _as_bytes(row)
         for index in range(known, blocks):
             name = (self._blocks[path[-1]].number if path else _ROOT, _token_bytes(ids, index, self.block))
-            self._blocks[name] = _Block(next(self._numbers), self._copied(buffers, index))
+            self._blocks[name] = _Block(next(self._numbers), self._copied(row, index))
             path.append(name)
         self._touch(path)
         return len(path) - known
@@ -210,12 +211,18 @@ class PrefixStore:
             self._blocks.popitem(last=False)
             self._evicted += 1
 
-    def _copied(self, buffers: list[np.ndarray], index: int) -> np.ndarray:
-        """Block ``index`` of a row's ``buffers`` as one array."""
+    def _copied(self, row: KVCache, index: int) -> np.ndarray:
+        """Block ``index`` of ``row`` as one array."""
         rows = np.empty(self.block_bytes, np.uint8)
-        for buffer, part in zip(buffers, self._split(rows), strict=True):
-            part[:] = buffer[:, index * self.block : (index + 1) * self.block]
+        for buffer, part in zip(self._block_of(row, index), self._split(rows), strict=True):
+            part[:] = row.storage.read(buffer).view(np.uint8)
         return rows
+
+    def _block_of(self, row: KVCache, index: int) -> list[Buffer]:
+        """Block ``index`` of the buffers of a cache of one row: ``(K, block, W)``, keys and values of each slot in
+        turn."""
+        where = slice(index * self.block, (index + 1) * self.block)
+        return [buffer[0][:, where] for pair in zip(row.keys, row.values, strict=True) for buffer in pair]
 
     def _split(self, rows: np.ndarray) -> list[np.ndarray]:
         """Views of a block's keys and values, ``(K, block, bytes of a row)`` each, in the order of the slots."""
@@ -244,8 +251,3 @@ def check_row(row: KVCache, slots: tuple[CacheSlot, ...], *, empty: bool = False
 def _token_bytes(ids: np.ndarray, index: int, block: int) -> bytes:
     """The part of a block's name that its own tokens are."""
     return ids[index * block : (index + 1) * block].tobytes()
-
-
-def _as_bytes(row: KVCache) -> list[np.ndarray]:
-    """Views of the buffers of a cache of one row: ``(K, S, bytes of a row)``, keys and values of each slot in turn."""
-    return [buffer[0].view(np.uint8) for pair in zip(row.keys, row.values, strict=True) for buffer in pair]

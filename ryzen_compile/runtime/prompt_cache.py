@@ -26,6 +26,7 @@ from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.layout import droppable
 from ryzen_compile.runtime.prefix import as_ids, check_row
 from ryzen_compile.runtime.prompt_cache_header import AGAIN, StoredRows, as_header, read_header, stored_rows
+from ryzen_compile.runtime.storage import Buffer
 from ryzen_compile.spec import CacheSlot
 
 
@@ -67,7 +68,7 @@ class PromptCache:
         common = self.match(tokens)
         row.reserve(common)
         for (_, theirs), (_, ours) in zip(_heads(row, common), _heads(self.row, common), strict=True):
-            theirs[:] = ours
+            row.storage.write(theirs, self.row.storage.read(ours))
         row.lengths[0] = common
         return common
 
@@ -77,7 +78,8 @@ def save_prompt_cache(
 ) -> None:
     """Writes what ``row``, a cache of batch 1, holds for exactly ``tokens`` ``(T,)``, as the artifact ``identity``'s.
 
-    A file of that name is replaced; whoever opens it meanwhile sees the old one or the new one, whole.
+    The row may lie in any storage. A file of that name is replaced; whoever opens it meanwhile sees the old one or the
+    new one, whole.
 
     Raises UsageError (as ``PromptCache``; no identity; ``path`` is a link or no plain file), NumericalError (a row is
     not finite), ResourceError (the file cannot be written).
@@ -87,12 +89,12 @@ def save_prompt_cache(
     if not identity:
         raise UsageError("a prompt cache needs the identity of the artifact that computed it")
     digest = hashlib.sha256(ids.data)
-    for facts, rows in _heads(row, len(ids)):
+    for facts, rows in _read_heads(row, len(ids)):
         if not _is_finite(facts, rows):
             raise NumericalError(f"{facts.name} of the prompt holds numbers that are not finite")
         digest.update(rows.data)
     header = as_header(row.slots, identity, len(ids), digest.hexdigest())
-    _replace(path, itertools.chain((header, ids.data), (rows.data for _, rows in _heads(row, len(ids)))))
+    _replace(path, itertools.chain((header, ids.data), (rows.data for _, rows in _read_heads(row, len(ids)))))
 
 
 def load_prompt_cache(
@@ -140,7 +142,13 @@ def load_prompt_cache(
     return PromptCache(row, ids, identity)
 
 
-def _heads(row: KVCache, tokens: int) -> Iterator[tuple[StoredRows, np.ndarray]]:
+def _read_heads(row: KVCache, tokens: int) -> Iterator[tuple[StoredRows, np.ndarray]]:
+    """``_heads`` in the machine's memory."""
+    for facts, rows in _heads(row, tokens):
+        yield facts, row.storage.read(rows)
+
+
+def _heads(row: KVCache, tokens: int) -> Iterator[tuple[StoredRows, Buffer]]:
     """The rows in use of every head, contiguous views ``(L, W)`` in the order of the file, each with its facts."""
     buffers = (buffer for pair in zip(row.keys, row.values, strict=True) for buffer in pair)
     for facts, buffer in zip(stored_rows(row.slots, tokens), buffers, strict=True):

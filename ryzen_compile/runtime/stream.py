@@ -73,6 +73,7 @@ class Stream:
         held = int(cache.lengths[row])
         first, one = self.sinks, slice(row, row + 1)
         for keys, values, shift in zip(cache.keys, cache.values, self.shifts, strict=True):
-            keys[one, :, first : held - count] = shift.shift(keys[one, :, first + count : held], -count)
-            values[one, :, first : held - count] = values[one, :, first + count : held].copy()
+            left, right = (one, slice(None), slice(first, held - count)), (one, slice(None), slice(first + count, held))
+            cache.storage.write(keys[left], shift.shift(cache.storage.read(keys[right]), -count))
+            cache.storage.write(values[left], cache.storage.read(values[right]).copy())  # the two overlap
         cache.lengths[row] = held - count

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ryzen_compile.errors import PromptError, UnsupportedError
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import check_last
+from ryzen_compile.runtime.storage import HOST
 from ryzen_compile.spec import CacheSlot, ModelSpec
 
 
@@ -28,6 +29,7 @@ class HuggingFaceEager:
     """
 
     name = "huggingface"
+    storage = HOST
     prompt_from = 1
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -50,7 +52,7 @@ class HuggingFaceEager:
             self._go_back(held)
         logits = self._forward(tokens, last)
         self._ids = np.concatenate([self._ids, tokens], axis=1)
-        return logits.float().numpy()
+        return logits.float().cpu().numpy()
 
     def close(self) -> None:
         """Drop the cache; the model is the caller's."""
@@ -58,7 +60,7 @@ class HuggingFaceEager:
 
     def _forward(self, tokens: np.ndarray, last: int = 1) -> torch.Tensor:
         keep: dict[str, Any] = {} if self.all_logits else {"logits_to_keep": last}
-        out = self.model(torch.from_numpy(tokens), past_key_values=self._past, use_cache=True, **keep)
+        out = self.model(torch.from_numpy(tokens).to(self.model.device), past_key_values=self._past, use_cache=True, **keep)
         logits: torch.Tensor = out.logits
         return logits
 

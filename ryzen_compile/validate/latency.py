@@ -128,7 +128,8 @@ class _Subject:
         ids = np.random.default_rng(seed)
         self.context = ids.integers(0, engine.spec.vocab, (1, workload.depth), dtype=np.int64)
         self.tokens = ids.integers(0, engine.spec.vocab, (1, workload.tokens), dtype=np.int64)
-        self.cache = KVCache(engine.slots, 1, workload.depth + workload.tokens, limit=engine.spec.context)
+        tokens = workload.depth + workload.tokens
+        self.cache = KVCache(engine.slots, 1, tokens, limit=engine.spec.context, storage=engine.storage)
 
     def sample(self) -> float:
         """Seconds of one repeat; going back to the workload's depth is not timed."""

@@ -197,17 +197,21 @@ class EngineScorer:
         return out
 
     def _read_rows(self, ids: np.ndarray, out: np.ndarray) -> None:
-        cache = KVCache(self._engine.slots, 1, ids.shape[1], limit=self._engine.spec.context)
+        cache = self._cache(1, ids.shape[1])
         for row in range(len(ids)):
             # Nothing was counted in the cache, so each row starts from an empty one.
             out[row] = self._engine.step(ids[row : row + 1], cache)[0]
 
     def _read_steps(self, ids: np.ndarray, out: np.ndarray) -> None:
-        cache = KVCache(self._engine.slots, len(ids), ids.shape[1], limit=self._engine.spec.context)
+        cache = self._cache(*ids.shape)
         for position in range(ids.shape[1]):
             token = np.ascontiguousarray(ids[:, position : position + 1])
             out[:, position] = self._engine.step(token, cache)[:, -1]
             cache.advance(1)
+
+    def _cache(self, rows: int, tokens: int) -> KVCache:
+        engine = self._engine
+        return KVCache(engine.slots, rows, tokens, limit=engine.spec.context, storage=engine.storage)
 
 
 class ProgramScorer:

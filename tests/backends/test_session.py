@@ -18,8 +18,8 @@ from ryzen_compile.backends.eager import EagerEngine
 from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend
 from ryzen_compile.backends.onnxruntime.session import OrtEngine, SessionOptions
 from ryzen_compile.errors import ArtifactError, TamperedError, UnsupportedError, UsageError
-from ryzen_compile.runtime import cache as runtime_cache
 from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.runtime.storage import HOST
 
 ONE = SessionOptions(threads=1, native=frozenset())  # what native operators add has tests of its own
 RTOL, ATOL = 1e-5, 2e-5  # logits of order 10, two float32 implementations
@@ -265,7 +265,7 @@ def test_a_cache_whose_growth_failed_halfway_is_bound_anew(decoder, engine, monk
     cache.advance(5)
     expected = engine.step(IDS[:1, 5:6], cache).copy()
     before = [*cache.keys, *cache.values]
-    grown = runtime_cache._grown
+    grown = HOST.copy_rows
     calls = iter(range(100))
 
     def failing(*arguments):
@@ -273,7 +273,7 @@ def test_a_cache_whose_growth_failed_halfway_is_bound_anew(decoder, engine, monk
             raise MemoryError
         return grown(*arguments)
 
-    monkeypatch.setattr(runtime_cache, "_grown", failing)
+    monkeypatch.setattr(HOST, "copy_rows", failing)
     with pytest.raises(MemoryError):
         cache.reserve(20)
     assert cache.capacity == 12 and any(a is not b for a, b in zip([*cache.keys, *cache.values], before, strict=True))

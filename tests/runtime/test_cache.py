@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from ryzen_compile.errors import MemoryLimitError, PromptError, UnsupportedError, UsageError
-from ryzen_compile.runtime import cache as cache_module
+from ryzen_compile.runtime import pages
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.layout import fixed_bytes, token_bytes
+from ryzen_compile.runtime.storage import HOST
 from ryzen_compile.spec import CacheSlot
 
 SLOTS = (CacheSlot(0, 2, 4, 4), CacheSlot(1, 1, 8, 3))
@@ -86,17 +87,11 @@ def test_budget_refuses_before_allocating_and_trims_the_last_chunk() -> None:
 
 
 def test_without_a_budget_the_machine_is_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "physical_memory_bytes", lambda: 10 * BYTES_PER_TOKEN)
+    monkeypatch.setattr(HOST, "memory_bytes", lambda: 10 * BYTES_PER_TOKEN)
     with pytest.raises(MemoryLimitError):
         KVCache(SLOTS, 1, 11)
-    monkeypatch.setattr(cache_module, "physical_memory_bytes", lambda: None)
+    monkeypatch.setattr(HOST, "memory_bytes", lambda: None)
     assert KVCache(SLOTS, 1, 11).capacity == 11
-
-
-def test_physical_memory_is_unknown_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (cache_module.physical_memory_bytes() or 0) > 0
-    monkeypatch.delattr(cache_module.os, "sysconf")
-    assert cache_module.physical_memory_bytes() is None
 
 
 def test_a_row_view_writes_and_counts_into_its_parent() -> None:
@@ -274,7 +269,7 @@ def paged(batch: int, capacity: int, length: int, **options: Any) -> KVCache:
 def test_forks_with_room_are_independent_whether_or_not_pages_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = paged(1, 1024, 1000)
     mapped = cache.fork(4, room=25)
-    monkeypatch.setattr(cache_module.pages, "_mapped", lambda *arguments: None)
+    monkeypatch.setattr(pages, "_mapped", lambda *arguments: None)
     plain = cache.fork(4, room=25)
     assert mapped.capacity == plain.capacity == 1280 and mapped.lengths.tolist() == [1000] * 4
     before = [buffer.copy() for buffer in (*cache.keys, *cache.values)]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ryzen_compile.errors import MemoryLimitError, NumericalError, PromptError, UsageError
-from ryzen_compile.runtime import pool as pool_module
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.layout import fixed_bytes, token_bytes
 from ryzen_compile.runtime.pool import CachePool, PoolMemory
+from ryzen_compile.runtime.storage import HOST
 from ryzen_compile.spec import CacheSlot
 
 SLOTS = (CacheSlot(0, 2, 4, 4), CacheSlot(1, 1, 8, 3))
@@ -77,7 +77,7 @@ def test_idle_caches_beyond_their_share_are_dropped_longest_unused_first() -> No
 
 
 def test_without_a_known_budget_one_cache_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "physical_memory_bytes", lambda: None)
+    monkeypatch.setattr(HOST, "memory_bytes", lambda: None)
     pool = CachePool(SLOTS)
     first, second = pool.acquire(1, 8), pool.acquire(1, 8)
     pool.release(first)
@@ -87,7 +87,7 @@ def test_without_a_known_budget_one_cache_is_kept(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_machine_is_the_budget_unless_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "physical_memory_bytes", lambda: 10 * TOKEN)
+    monkeypatch.setattr(HOST, "memory_bytes", lambda: 10 * TOKEN)
     pool = CachePool(SLOTS)
     with pytest.raises(MemoryLimitError):
         pool.acquire(1, 11)

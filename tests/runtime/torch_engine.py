@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.runtime.storage import HOST
 from ryzen_compile.spec import CacheSlot, ModelSpec
 
 VOCAB, CONTEXT, PAD, BOS, EOS = 97, 64, 0, 1, 2
@@ -65,6 +66,7 @@ class TorchEngine:
     name = "torch"
     slots = (SLOT,)
     prompt_from = 1
+    storage = HOST
 
     def __init__(self, model: LlamaForCausalLM, *, all_logits: bool = True) -> None:
         self.model, self.all_logits, self.spec = model, all_logits, spec()
@@ -99,6 +101,7 @@ class TableEngine:
     name = "table"
     slots = (SLOT,)
     prompt_from = 1
+    storage = HOST
     all_logits = False
     verifies = True
 

@@ -5,6 +5,7 @@ import pytest
 
 from ryzen_compile.errors import UsageError
 from ryzen_compile.runtime.cache import KVCache
+from ryzen_compile.runtime.storage import HOST
 from ryzen_compile.spec import CacheSlot, ModelSpec
 from ryzen_compile.validate.latency import Timing, Workload, decode_seconds, measure, prefill_seconds
 
@@ -21,6 +22,7 @@ class Recorder:
     slots = (CacheSlot(layer=0, kv_heads=1, head_dim=4, value_dim=4),)
     all_logits = False
     prompt_from = 1
+    storage = HOST
 
     def __init__(self, name: str = "recorder", log: list | None = None) -> None:
         self.name, self.calls, self.fed = name, [], []

@@ -10,6 +10,7 @@ import torch
 from ryzen_compile.api import optimize
 from ryzen_compile.capture import capture
 from ryzen_compile.errors import NumericalError, UsageError
+from ryzen_compile.runtime.storage import HOST
 from ryzen_compile.spec import CacheSlot, ModelSpec
 from ryzen_compile.validate import quality
 from ryzen_compile.validate.quality import (
@@ -330,7 +331,7 @@ def test_an_altered_weight_shows():
 class Echo:
     """An engine that keeps its output buffer, as ONNX Runtime's does, and predicts the token it was fed."""
 
-    name, slots, all_logits = "echo", (), False
+    name, slots, all_logits, storage = "echo", (), False, HOST
     spec = ModelSpec(
         layers=1, heads=1, kv_heads=1, head_dim=4, hidden=4, vocab=6, context=9, tied=True, parameters=1,
         architecture="Echo",

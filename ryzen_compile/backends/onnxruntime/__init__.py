@@ -49,6 +49,7 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     supported_ops = SUPPORTED
     cache_formats = frozenset({"fp32", "int8", "int4", "auto"})
+    evicts = True
 
     def probe(self) -> Capability:
         versions = []

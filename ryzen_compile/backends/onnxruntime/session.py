@@ -31,6 +31,7 @@ from ryzen_compile.backends.onnxruntime.logits_rows import choose_rows
 from ryzen_compile.errors import ArtifactError, RyzenCompileError, UnsupportedError, UsageError
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import check_last
+from ryzen_compile.runtime.storage import HOST
 from ryzen_compile.spec import CacheSlot, ModelSpec
 from ryzen_compile.validate.machine import read_cpu
 
@@ -40,7 +41,8 @@ LONE_TOKEN = 1  # products of one row may sum in another order than those of sev
 # Long enough to wait from node to node, and for a caller to come with the next step at once. Without a bound, threads
 # spin on for so long behind a Run that a draft model and its target, step by step in turn on two cores, take twice the
 # time; without any wait behind a Run (session.force_spinning_stop), waking costs a small model's step 30 us of 190.
-SPIN_MICROSECONDS = 100
+# At 100 the threads often fell asleep while a token was drawn, which takes 90 us of NumPy and a little more with drafts.
+SPIN_MICROSECONDS = 200
 KEPT_LOGITS = 1 << 23  # elements; a larger buffer, after a long prompt, is given back by the next small step
 KEPT_SHAPES = 64  # of steps whose buffers stay: those of one token, and of several drafted ones
 KEPT_TOKENS = 64  # of a step whose buffers stay
@@ -85,6 +87,7 @@ class OrtEngine:
     """
 
     name = "onnxruntime"
+    storage = HOST
 
     def __init__(
         self,

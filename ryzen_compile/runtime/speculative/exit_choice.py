@@ -53,7 +53,7 @@ def agreement(engine: Engine, early: Engine, windows: np.ndarray) -> float:
     """The share of tokens of ``windows`` ``(n, T)`` int64 behind which ``early``, an exit of ``engine``, has the same
     best next token, from 0 to 1. Both have to be able to verify."""
     same = 0
-    cache = KVCache(engine.slots, 1, windows.shape[1], limit=engine.spec.context)
+    cache = KVCache(engine.slots, 1, windows.shape[1], limit=engine.spec.context, storage=engine.storage)
     for window in windows:
         cache.truncate(0)
         for start in range(0, len(window), CHUNK):
@@ -68,7 +68,7 @@ def agreement(engine: Engine, early: Engine, windows: np.ndarray) -> float:
 
 def step_seconds(early: Engine, context: int) -> float:
     """The median time of a step of one token behind ``context`` others, which are counted, not computed."""
-    cache = KVCache(early.slots, 1, context + 1, limit=early.spec.context)
+    cache = KVCache(early.slots, 1, context + 1, limit=early.spec.context, storage=early.storage)
     cache.advance(context)
     token = np.zeros((1, 1), np.int64)
     taken = []

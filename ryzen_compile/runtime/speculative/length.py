@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
-MARGIN = 1.03  # what a draft must promise, as neither figure is exact
+MARGIN = 1.1  # what a draft must promise: of many estimates that are not exact, the flattering ones get chosen
 UNKNOWN_SLOPE = 0.1  # of one step, for each further token, until it is measured
 SLOPE_WEIGHT = 4.0  # what that counts: as much as having seen a step of three tokens
 KEPT = 0.98  # of the weight of what was observed before

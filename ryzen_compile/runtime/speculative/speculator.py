@@ -26,7 +26,7 @@ from ryzen_compile.runtime.speculative.stats import SpeculationStats
 from ryzen_compile.runtime.speculative.verifier import probability
 
 PATIENCE = 4  # fruitless calls of a drafter before it is left alone for a step; twice as many, for two; and so on
-LONGEST_REST = 8  # steps
+LONGEST_REST = 16  # steps
 SUM_TOLERANCE = 1e-6  # of the probabilities of a proposal
 # How often a drafted token is accepted, by confidence, until it is known better: copies of code, replayed.
 EXPECTED = (0.1, 0.15, 0.2, 0.3, 0.4, 0.75, 0.9, 0.95)
