@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck
 from torch.library import opcheck
 from torch.testing import assert_close
 
 from ryzen_compile import ops
+from ryzen_compile.ops.norm import layer_norm_backward, rms_norm_backward
 
 EPS = 1e-5
 SHAPES = [(1, 1, 1), (2, 5, 7), (3, 127), (1023,)]
@@ -117,3 +119,87 @@ def test_opcheck(memory: str) -> None:
     opcheck(ops.add_rms_norm, (x, r, None, EPS, True))
     opcheck(ops.add_layer_norm, (x, r, w, b, EPS))
     opcheck(ops.add_layer_norm, (x, r, None, None, EPS))
+
+
+def random64(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 7), (5,)], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+def test_gradients_are_those_of_small_steps(shape: tuple[int, ...], affine: bool) -> None:
+    x, r = random64(*shape), random64(*shape)
+    w, b = (random64(shape[-1]), random64(shape[-1])) if affine else (None, None)
+    eps = 0.3  # or a row of one element is 1 whatever it was
+    for offset in (True, False):
+        assert gradcheck(lambda x, w, offset=offset: ops.rms_norm(x, w, eps, offset), (x, w))
+        assert gradcheck(lambda x, r, w, offset=offset: ops.add_rms_norm(x, r, w, eps, offset), (x, r, w))
+    assert gradcheck(lambda x, w, b: ops.layer_norm(x, w, b, eps), (x, w, b))
+    assert gradcheck(lambda x, r, w, b: ops.add_layer_norm(x, r, w, b, eps), (x, r, w, b))
+
+
+def test_a_bias_alone_and_a_weight_alone_have_gradients() -> None:
+    x, p = random64(3, 7), random64(7)
+    assert gradcheck(lambda x, b: ops.layer_norm(x, None, b, EPS), (x, p))
+    assert gradcheck(lambda x, w: ops.layer_norm(x, w, None, EPS), (x, p))
+
+
+ADDING: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "rms": lambda x, r, w: ops.add_rms_norm(x, r, w, EPS, False),
+    "layer": lambda x, r, w: ops.add_layer_norm(x, r, w, w, EPS),
+}
+
+
+@pytest.mark.parametrize("kind", ADDING)
+@pytest.mark.parametrize("read", [(0,), (1,), (0, 1)], ids=str)
+def test_outputs_that_nothing_reads_have_no_part_in_gradients(kind: str, read: tuple[int, ...]) -> None:
+    x, r, w = random64(2, 7), random64(2, 7), random64(7)
+    factors = torch.randn(2, 2, 7, dtype=torch.float64)
+    (sum(ADDING[kind](x, r, w)[i] * factors[i] for i in read)).sum().backward()  # type: ignore[union-attr]
+    got = (x.grad, r.grad, w.grad)
+    x.grad = r.grad = w.grad = None
+    total = x + r
+    normed = rms(total, w, EPS) if kind == "rms" else layer(total, w, w, EPS)
+    (sum((normed, total)[i] * factors[i] for i in read)).sum().backward()  # type: ignore[union-attr]
+    for ours, theirs in zip(got, (x.grad, r.grad, w.grad), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_in_half_precision_are_rounded_once() -> None:
+    g, x, w, e = (torch.randn(3, 127).bfloat16() for _ in range(4))
+    for got, want in zip(
+        layer_norm_backward(g, x, w[0], True, e, EPS),
+        layer_norm_backward(g.double(), x.double(), w[0].double(), True, e.double(), EPS),
+        strict=True,
+    ):
+        assert got.dtype == torch.bfloat16
+        assert_close(got.double(), want, rtol=2**-8, atol=1e-6)
+    got = rms_norm_backward(g, x, w[0], e, EPS, True)[0]
+    twice = rms_norm_backward(g, x, w[0], None, EPS, True)[0] + e
+    want = rms_norm_backward(g.double(), x.double(), w[0].double(), e.double(), EPS, True)[0]
+    assert_close(got.double(), want, rtol=2**-8, atol=1e-6)
+    assert not torch.allclose(twice.double(), want, rtol=2**-8, atol=1e-6)
+
+
+def test_gradients_of_parameters_have_their_type() -> None:
+    x, w, b = torch.randn(3, 7).bfloat16().requires_grad_(), torch.randn(7, requires_grad=True), torch.randn(7).half()
+    ops.layer_norm(x, w, b.requires_grad_(), EPS).sum().backward()
+    assert [t.grad.dtype for t in (x, w, b) if t.grad is not None] == [torch.bfloat16, torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize("memory", layouts())
+def test_opcheck_of_gradients(memory: str) -> None:
+    x, w, b = layouts()[memory].requires_grad_(), torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
+    g, e = torch.randn(2, 5, 8), torch.randn(2, 8, 5).transpose(1, 2)
+    opcheck(ops.rms_norm, (x, w, EPS, True))
+    opcheck(ops.layer_norm, (x, None, b, EPS))
+    opcheck(ops.add_rms_norm, (x, g, w, EPS, False))
+    opcheck(ops.add_layer_norm, (g, x, w, b, EPS))
+    x = x.detach()
+    opcheck(rms_norm_backward, (g, x, w.detach(), e, EPS, False))
+    opcheck(rms_norm_backward, (g, x, None, None, EPS, True))
+    opcheck(layer_norm_backward, (g, x, w.detach().half(), True, e, EPS))
+    opcheck(layer_norm_backward, (e, x, None, True, None, EPS))
+    opcheck(layer_norm_backward, (e, x, None, False, None, EPS))
