@@ -7,11 +7,11 @@
 
 ``exact`` compares greedy texts token by token; where two differ it gives the gap between the two best logits there,
 which tells rounding from a mistake. The others time the decoding behind the first token, ways of drafting in turn for
-every prompt within one process, forwards and backwards by turns; a speed-up is the ratio of two times of one turn.
-Stock and native sessions have a process each. Artifacts that are not given are exported to ``--work`` and tuned there,
-once. ``text`` and ``random`` ask the model for ``speculation="auto"`` as anyone would; single drafters run on a cost
-curve that the same process has measured. Prints tables; sums of every turn, with all speed-ups and differences, are
-appended to ``benchmarks/data/speculation.csv``.
+every prompt within one process, forwards and backwards by turns (a replay needs the plain text first); a speed-up is
+the ratio of two times of one turn. Stock and native sessions have a process each. Artifacts that are not given are
+exported to ``--work`` and tuned there, once. ``text`` and ``random`` ask the model for ``speculation="auto"`` as anyone
+would; single drafters run on a cost curve that the same process has measured. Prints tables; sums of every turn, with
+all speed-ups and differences, are appended to ``benchmarks/data/speculation.csv``.
 """
 
 from __future__ import annotations

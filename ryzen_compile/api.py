@@ -67,6 +67,7 @@ def optimize(
     verify: bool = True,
     threads: int | None = None,
     native: Native = "auto",
+    precision: str | None = None,
     cache_budget_bytes: int | None = None,
     prefix_bytes: int = 0,
     trust_remote_code: bool = False,
@@ -85,6 +86,8 @@ def optimize(
     quantized without. ``passes`` replaces the recipe's own. ``verify`` runs the parity gate after every pass: one that
     moves the logits beyond rounding is rolled back and named in the report, a lossy one is held to the recipe's budget.
     ``progress`` hears of every step. ``native``, ``cache_budget_bytes`` and ``prefix_bytes`` are as in :func:`load`.
+    ``backend`` is "onnxruntime", "triton" (a GPU; ``precision`` "bf16", "fp16" or "fp32" is what it computes and caches
+    in, bf16 unless said) or "eager" (the references).
 
     The model is left as it was. Raises an error of :mod:`ryzen_compile.errors`.
     """
@@ -106,6 +109,7 @@ def optimize(
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
     _refuse_native(backend, native)
+    _refuse_precision(backend, precision, chosen)
     source = read_source(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, progress=progress)
     program, report = rewrite(
         source.model,
@@ -130,6 +134,11 @@ def optimize(
 
         def saver(directory: Path, force: bool) -> None:
             _write_artifact(directory, program, report, chosen, source, force)
+    elif backend == "triton":
+        from ryzen_compile.backends.triton import DEFAULT_PRECISION, TritonBackend
+
+        _say(progress, "compile")
+        engine = TritonBackend().compile(program, precision or DEFAULT_PRECISION)
     else:
         engine = get_backend(backend).compile(program)
     return _compiled(
@@ -236,14 +245,19 @@ def load(
     directory = Path(path)
     _refuse_native("onnxruntime", native)
     found = artifact.read(directory, digests=digests)
-    options = SessionOptions(threads=threads)
-    if "tuned" in found.manifest and (threads is None or native == "auto"):
-        from ryzen_compile.backends.onnxruntime.tune import tuned_options
+    options, tuning, measured = SessionOptions(threads=threads), None, None
+    if "tuned" in found.manifest:
+        from ryzen_compile.backends.onnxruntime.tune import read_tuning, tuned_options
         from ryzen_compile.validate.machine import cpu_key, read_machine
 
-        tuned = tuned_options(found.manifest, cpu_key(read_machine())) or options
+        tuning = read_tuning(found.manifest, cpu_key(read_machine()))
+    if tuning is not None:
+        tuned = tuned_options(tuning)
+        measured = _session_options(tuned, "auto")
         options = tuned if threads is None else replace(options, native=tuned.native)
     options = _session_options(options, native)
+    if tuning is not None and options != measured:
+        tuning = None  # its seconds are those of other sessions
     engine = OrtEngine(found.model, found.spec, found.slots, options, found.prefill)
 
     def saver(target: Path, force: bool) -> None:
@@ -254,6 +268,8 @@ def load(
         motion=found.motion,
         stream=found.stream,
         identity=found.identity,
+        curves=None if tuning is None else tuning.curves,
+        exit_layers=tuning.exit.layers if tuning is not None and tuning.exit is not None and tuning.exit.pays else None,
         cache_budget_bytes=cache_budget_bytes,
         prefix_bytes=prefix_bytes,
         report=found.report,
@@ -288,6 +304,8 @@ def rewrite(
     able = target.probe()
     if not able.available:
         raise UnsupportedError(f"backend {backend!r} is not available here: {able.reason}", hint=able.hint)
+    if not target.evicts:
+        recipe = recipe.model_copy(update={"kv": recipe.kv.model_copy(update={"bounded": False})})
     _say(progress, "capture")
     started = time.perf_counter()
     program = capture(model, context=recipe.context)
@@ -395,12 +413,16 @@ def _write_artifact(
 
 
 def _motion(program: Program, slots: Sequence[CacheSlot]) -> tuple[RowShift, ...] | str:
-    """How the cached keys are moved to other positions, in heads as wide as the ``slots``', or why they cannot be."""
+    """How cached keys are moved to other positions, in heads and rows as ``slots`` has them, or why they cannot be."""
     from ryzen_compile.numerics.row_shift import widened
+    from ryzen_compile.numerics.rows import RowFormat
     from ryzen_compile.row_shifts import row_shifts
 
     try:
-        return tuple(widened(shift, slot.head_dim) for shift, slot in zip(row_shifts(program), slots, strict=True))
+        pairs = zip(row_shifts(program), slots, strict=True)
+        return tuple(
+            replace(widened(shift, slot.head_dim), form=RowFormat.parse(slot.key_format)) for shift, slot in pairs
+        )
     except UnsupportedError as error:
         return error.message
 
@@ -486,6 +508,21 @@ def _refuse_native(backend: str, native: object) -> None:
     from ryzen_compile.backends.onnxruntime.native import required
 
     required()
+
+
+def _refuse_precision(backend: str, precision: str | None, recipe: Recipe) -> None:
+    """Before the model is read: what this backend does not compute in."""
+    if backend == "triton":
+        from ryzen_compile.backends.triton import expect_precision
+
+        if precision is not None:
+            expect_precision(precision)
+    elif precision not in (None, "fp32"):
+        raise UsageError(
+            f"backend {backend!r} computes in fp32, not {precision!r}", hint="precision is for backend 'triton'"
+        )
+    if backend != "onnxruntime" and recipe.prefill != "shared":
+        raise UsageError(f"prefill {recipe.prefill!r} is for backend 'onnxruntime', not {backend!r}")
 
 
 def _refuse_target(out: Path, model: object, force: bool) -> None:

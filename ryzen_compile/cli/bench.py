@@ -130,7 +130,7 @@ class _Asked:
 
         drafters = None if name == "auto" else tuple(one for one in NAMES if one == name)
         settings = Speculation(drafters=drafters, exit_layers=self.early_exit, required=name != "auto")
-        return {"speculation": settings, "assistant_model": assistant}
+        return {"speculation": settings, "assistant_model": assistant if name in ("auto", "draft_model") else None}
 
 
 def _continued(

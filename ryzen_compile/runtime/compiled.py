@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -97,6 +98,7 @@ class CompiledModel:
         self._experience = Experience(curves)
         self._exit_layers = exit_layers
         self._exits: dict[int, Engine] = {}
+        self._assistants: weakref.WeakSet[CompiledModel] = weakref.WeakSet()  # that speak in the same tokens
         self._lock = threading.Lock()
         self._holder: int | None = None
         self._closed = False
@@ -141,9 +143,13 @@ class CompiledModel:
         a ``Speculation``. The text stays the model's: the same tokens where drafts are not drawn or nothing is, the
         same distribution where a draft model's are. transformers' names choose a drafter each:
         ``prompt_lookup_num_tokens``, ``assistant_model`` (another ``CompiledModel`` with the same tokenizer, which is
-        held for the call), ``assistant_early_exit`` (layers); ``num_assistant_tokens``,
-        ``assistant_confidence_threshold`` and ``max_matching_ngram_size`` adjust it. The numbers are upper bounds:
-        fewer tokens are drafted, or none, where more would cost time.
+        held for the call: a callback of a call on it must not call this one), ``assistant_early_exit`` (layers);
+        ``num_assistant_tokens``, ``assistant_confidence_threshold`` and ``max_matching_ngram_size`` adjust it. The
+        numbers are upper bounds: fewer tokens are drafted, or none, where more would cost time.
+
+        Steps of one token and of several have to compute alike for greedy text to stay as it is. Native operators do,
+        and floats; ONNX Runtime's own products with integer weights do up to roundings, so that a text may change where
+        two tokens are as good as equal.
         """
         stream, window, sinks = self.stream, arguments.pop("window", None), arguments.pop("sinks", None)
         if window is not None:
@@ -273,7 +279,9 @@ class CompiledModel:
             raise PromptError(
                 "assistant_model is the model itself", hint="assistant_early_exit drafts with its first layers"
             )
-        require_same_tokens(self.tokenizer, given.tokenizer, self.spec.vocab, given.spec.vocab)
+        if given not in self._assistants:  # comparing two large vocabularies takes half a second
+            require_same_tokens(self.tokenizer, given.tokenizer, self.spec.vocab, given.spec.vocab)
+            self._assistants.add(given)
         return given
 
     def _speculator(self, asked: Speculation, assistant: CompiledModel | None) -> Speculator:
@@ -282,7 +290,7 @@ class CompiledModel:
             drafters.append(PromptLookup(most_ngram=asked.ngram, least_ngram=min(2, asked.ngram)))
         if asked.wants("suffix", unasked=asked.corpus is not None):
             drafters.append(SuffixDrafter(asked.corpus))
-        layers = asked.exit_layers or self._exit_layers
+        layers = asked.exit_layers or self._tuned_exit()
         if asked.wants("early_exit", unasked=layers is not None):
             drafters.append(ModelDrafter.early_exit(self._early_exit(layers), threshold=asked.threshold))
         if assistant is not None:
@@ -295,6 +303,11 @@ class CompiledModel:
             fixed=asked.fixed,
             required=asked.required,
         )
+
+    def _tuned_exit(self) -> int | None:
+        """The layers of the exit that was found to pay, if the engine has it."""
+        layers = self._exit_layers
+        return layers if layers and isinstance(self.engine, ExitsEarly) and layers in self.engine.exits else None
 
     def _early_exit(self, layers: int | None) -> Engine:
         """The engine of the first ``layers`` layers, opened once."""

@@ -116,6 +116,8 @@ def generate(
     prompt = read_prompt(input_ids, attention_mask, settings)
     chunk = integer("prefill_chunk_size", prefill_chunk_size, 1)
     rows = len(prompt.ids) * settings.copies
+    stats = stats or GenerationStats()
+    stats.speculation = None if speculator is None else speculator.stats
     if streamer is not None and rows > 1:
         raise PromptError(f"a streamer takes one sequence, got {rows}", hint="generate one prompt at a time")
     if not rows:
@@ -143,8 +145,6 @@ def generate(
     show = None if streamer is None else _shower(streamer, input_ids)
     known = prefixes if stream is None else None
     reuse = Reuse([source for source in (known, prompt_cache) if source is not None], known)
-    stats = stats or GenerationStats()
-    stats.speculation = None if speculator is None else speculator.stats
     if speculator is not None and not speculator.serves(engine, rows):
         speculator = None
     run = _Run(engine, prompt, settings, limit, chooser, tracker, show, stats, reuse, stream, speculator)

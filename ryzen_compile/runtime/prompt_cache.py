@@ -159,7 +159,7 @@ def _heads(row: KVCache, tokens: int) -> Iterator[tuple[StoredRows, Buffer]]:
 
 def _is_finite(facts: StoredRows, rows: np.ndarray) -> bool:
     """Whether the floats among stored ``rows`` (L, W) are: the rows themselves, or the scales they carry."""
-    if facts.form.bits == 32:
+    if facts.form.floats:
         return bool(np.isfinite(rows).all())
     codes = facts.dim * facts.form.bits // 8
     return bool(np.isfinite(np.ascontiguousarray(rows[:, codes:]).view(np.float16)).all())

@@ -26,7 +26,7 @@ FORMAT = "ryzen_compile prompt cache"
 VERSION = "1"
 MAX_HEADER_BYTES = 1 << 24
 AGAIN = "read the prompt again and save its cache with this model"
-_DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8"}
+_DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8"}
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,17 @@ import shutil
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ryzen_compile.api import load
 from ryzen_compile.backends.onnxruntime import tune as tuning_run
 from ryzen_compile.backends.onnxruntime.session import OrtEngine
-from ryzen_compile.backends.onnxruntime.tune import thread_candidates, tune, tuned_options
+from ryzen_compile.backends.onnxruntime.tune import read_tuning, thread_candidates, tune, tuned_options
 from ryzen_compile.backends.onnxruntime.tuning import Tuning
 from ryzen_compile.errors import ArtifactError, TamperedError, UsageError
 from ryzen_compile.manifest import read_manifest, update_tuning
+from ryzen_compile.runtime.speculative.exit_choice import ExitChoice
 from ryzen_compile.validate import machine
 from ryzen_compile.validate.machine import CacheGroup, Cpu, Limits, Machine, Topology, cpu_key, read_machine
 from tests.model_directory import shared_artifact
@@ -70,11 +72,30 @@ def test_the_record_survives_the_manifest_and_is_found_again(artifact: Path, tun
     update_tuning(copied, tuning.key, tuning.to_json())
     manifest = read_manifest(copied)
     assert Tuning.from_json(tuning.key, manifest["tuned"][tuning.key]) == tuning
-    options = tuned_options(manifest, tuning.key)
-    assert options is not None and (options.threads, options.spinning) == (tuning.threads, tuning.spinning)
+    found = read_tuning(manifest, tuning.key)
+    assert found == tuning
+    options = tuned_options(tuning)
+    assert (options.threads, options.spinning) == (tuning.threads, tuning.spinning)
     assert json.loads(json.dumps(tuning.to_json())) == tuning.to_json()
     with load(copied) as model:  # digests and all
         assert model.generate([[1, 2, 3]], max_new_tokens=2).shape == (1, 5)
+
+
+@pytest.mark.parametrize("gain", [0.9, 1.4])
+def test_a_loaded_model_drafts_by_what_was_measured(
+    artifact: Path, tuning: Tuning, tmp_path: Path, gain: float
+) -> None:
+    copied = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    measured = dataclasses.replace(tuning, exit=ExitChoice(1, 0.8, 0.0001, gain))
+    update_tuning(copied, tuning.key, measured.to_json())
+    with load(copied) as model:
+        assert model._experience.cost.measured
+        assert model._experience.cost.seconds(1, tuning.context) == pytest.approx(tuning.curves[tuning.context][1])
+        assert model._tuned_exit() == (1 if gain > 1 else None)
+        plain = model.generate([[1, 2, 3]], max_new_tokens=8)
+        np.testing.assert_array_equal(model.generate([[1, 2, 3]], max_new_tokens=8, speculation="auto"), plain)
+    with load(copied, threads=tuning.threads + 1) as model:
+        assert not model._experience.cost.measured, "the seconds are those of another session"
 
 
 def test_one_session_is_open_at_a_time(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from ryzen_compile.backends.onnxruntime.candidates import Candidate, NativeCandidate, choose
 from ryzen_compile.backends.onnxruntime.claim_report import KINDS
-from ryzen_compile.backends.onnxruntime.tune import tuned_options
+from ryzen_compile.backends.onnxruntime.tune import read_tuning, tuned_options
 from ryzen_compile.backends.onnxruntime.tuning import Tuning
 from ryzen_compile.errors import ArtifactError
 from ryzen_compile.runtime.speculative.exit_choice import ExitChoice
@@ -63,8 +63,8 @@ def test_native_operators_are_an_optional_part_of_the_record() -> None:
     assert tuning.native.candidates[1] == NativeCandidate(frozenset(), (5.0, 5.1))
     assert json.loads(json.dumps(tuning.to_json())) == {**GOOD, "native": NATIVE}
     for record, kinds in ((GOOD, KINDS), ({**GOOD, "native": NATIVE}, {"attention", "matmul"})):
-        options = tuned_options({"tuned": {KEY: record}}, KEY)
-        assert options is not None and options.native == kinds and not options.require_native
+        options = tuned_options(Tuning.from_json(KEY, record))
+        assert options.native == kinds and not options.require_native
 
 
 def test_native_operators_are_chosen_like_threads() -> None:
@@ -86,14 +86,15 @@ def test_native_operators_are_chosen_like_threads() -> None:
 
 def test_options_come_from_the_record_of_this_machine_only() -> None:
     manifest = {"tuned": {KEY: GOOD, "zen5-8c-32M": {"damaged": True}}}
-    found = tuned_options(manifest, KEY)
-    assert found is not None and (found.threads, found.spinning) == (2, False)
-    assert tuned_options(manifest, "zen4-4c-32M") is None
-    assert tuned_options({}, KEY) is None
+    found = read_tuning(manifest, KEY)
+    assert found is not None
+    assert (tuned_options(found).threads, tuned_options(found).spinning) == (2, False)
+    assert read_tuning(manifest, "zen4-4c-32M") is None
+    assert read_tuning({}, KEY) is None
     with pytest.raises(ArtifactError, match="'zen5-8c-32M': threads is missing; run ryzen-compile tune again"):
-        tuned_options(manifest, "zen5-8c-32M")
+        read_tuning(manifest, "zen5-8c-32M")
     with pytest.raises(ArtifactError, match="'tuned' is not a table of machines: list"):
-        tuned_options({"tuned": []}, KEY)
+        read_tuning({"tuned": []}, KEY)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def _check(shift: RowShift, slot: CacheSlot, name: str) -> None:
         raise ArtifactError(f"{name}: layer {slot.layer} turns {frequencies.shape} pairs of {slot.head_dim} channels")
     if shift.turned or shift.mean is not None:
         raise ArtifactError(f"{name}: keys of layer {slot.layer} are turned or centred, which no artifact holds")
-    fixed = shift.form.bits < 32 and not shift.form.group
+    fixed = not shift.form.floats and not shift.form.group
     shape = (1, slot.kv_heads, 1, slot.head_dim)
     if (scale is not None) != fixed or (
         scale is not None and (scale.shape != shape or not (np.isfinite(scale) & (scale > 0)).all())

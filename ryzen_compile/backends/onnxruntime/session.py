@@ -41,7 +41,7 @@ LONE_TOKEN = 1  # products of one row may sum in another order than those of sev
 # Long enough to wait from node to node, and for a caller to come with the next step at once. Without a bound, threads
 # spin on for so long behind a Run that a draft model and its target, step by step in turn on two cores, take twice the
 # time; without any wait behind a Run (session.force_spinning_stop), waking costs a small model's step 30 us of 190.
-# At 100 the threads often fell asleep while a token was drawn, which takes 90 us of NumPy and a little more with drafts.
+# At 100 threads often fell asleep while a token was drawn, which takes 90 us of NumPy and a little more with drafts.
 SPIN_MICROSECONDS = 200
 KEPT_LOGITS = 1 << 23  # elements; a larger buffer, after a long prompt, is given back by the next small step
 KEPT_SHAPES = 64  # of steps whose buffers stay: those of one token, and of several drafted ones

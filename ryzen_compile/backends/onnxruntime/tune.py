@@ -105,15 +105,17 @@ def tune(
     )
 
 
-def tuned_options(manifest: Mapping[str, Any], key: str) -> SessionOptions | None:
-    """The options measured for the machine ``key``, or None when the artifact was not tuned on such a machine.
+def read_tuning(manifest: Mapping[str, Any], key: str) -> Tuning | None:
+    """What was measured on the machine ``key``, or None when the artifact was not tuned on such a machine.
 
     Raises ``ArtifactError`` when the record is not one that ``tune`` writes.
     """
     record = tuned(manifest).get(key)
-    if record is None:
-        return None
-    tuning = Tuning.from_json(key, record)
+    return None if record is None else Tuning.from_json(key, record)
+
+
+def tuned_options(tuning: Tuning) -> SessionOptions:
+    """The options that were found best."""
     native = KINDS if tuning.native is None else tuning.native.kinds
     return SessionOptions(tuning.threads, tuning.spinning, native=native)
 

@@ -19,6 +19,7 @@ UNKNOWN_SLOPE = 0.1  # of one step, for each further token, until it is measured
 SLOPE_WEIGHT = 4.0  # what that counts: as much as having seen a step of three tokens
 KEPT = 0.98  # of the weight of what was observed before
 OUTLIER = 2.0  # a step was interrupted that took so many times as long as expected
+MOST_ABOVE = 10.0  # times what a step of one token is taken for, that steps take on average
 LEAST_WAIT, MOST_WAIT = 8, 256
 
 
@@ -48,7 +49,8 @@ class StepCost:
         """Of a step of ``tokens`` new tokens behind ``context`` others. In seconds once a step was observed, or from
         the start with curves; until then, in steps of one token."""
         height, slope = self._line
-        return self._expected(tokens, context) * (height + slope * (tokens - 1))
+        # A line that falls tells nothing of lengths that were never stepped: more tokens are not taken for free.
+        return self._expected(tokens, context) * max(height + slope * (tokens - 1), height / 2)
 
     def observe(self, tokens: int, context: int, seconds: float) -> None:
         """A step took so long. The first one of its size only warms up: it is not counted."""
@@ -65,9 +67,8 @@ class StepCost:
         s, pull = self._slope, SLOPE_WEIGHT
         ones, cross, squares = ones + pull * s * s, xs - pull * s, squares + pull
         bottom = ones * squares - cross * cross
-        height = max((ys * squares - products * cross) / bottom, 0.0)
-        slope = max((ones * products - cross * ys) / bottom, -height / (2 * max(self._begun)))
-        self._line = (height, slope)
+        height = max((ys * squares - products * cross) / bottom, ys / ones / MOST_ABOVE)
+        self._line = (height, (ones * products - cross * ys) / bottom)
 
     def _expected(self, tokens: int, context: int) -> float:
         if not self._curves:

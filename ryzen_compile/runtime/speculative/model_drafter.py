@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from typing import Literal, Self
+from collections.abc import Callable
+from typing import Literal, Self, TypeVar
 
 import numpy as np
 
-from ryzen_compile.errors import NumericalError, UsageError
+from ryzen_compile.errors import MemoryLimitError, NumericalError, UsageError
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import Engine
 from ryzen_compile.runtime.layout import droppable
@@ -22,6 +23,7 @@ from ryzen_compile.runtime.pool import CachePool
 from ryzen_compile.runtime.sampling import SamplingParams, distribution, draw, penalise_repeats, softmax
 from ryzen_compile.runtime.speculative.drafter import Draft
 
+Made = TypeVar("Made")
 THRESHOLD = 0.4  # transformers' default of assistant_confidence_threshold
 CHUNK = 512  # tokens of a prompt in one step
 _PROBABILITIES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.97)  # the lowest of each confidence from 1 on
@@ -80,7 +82,6 @@ class ModelDrafter:
 
     def draft(self, context: np.ndarray, most: int) -> Draft | None:
         """See ``Drafter``."""
-        most = min(most, self._engine.spec.context + 1 - len(context))  # the last token drafted is never stepped
         if self._pool is None:
             return self._draft_on_target(context, most)
         return self._draft_on_own(context, most, self._pool)
@@ -99,34 +100,43 @@ class ModelDrafter:
         row = self._target
         if row is None:
             raise UsageError(f"drafter {self.name!r} was asked for a draft outside of a sequence")
-        most = _undoable(row, len(context), min(most, row.capacity + 1 - len(context)))
+        # All but the last token are there, or, in a stream, what is kept of them. The last one drafted is not stepped.
+        held = int(row.lengths[0])
+        most = _undoable(row, held + 1, min(most, min(row.capacity, self._engine.spec.context) - held))
         if most < 1:
             return None
-        held = int(row.lengths[0])
         try:
-            return self._drawn(row, context, most)
+            return self._drawn(row, context, context[-1:], most)
         finally:
             row.truncate(held)
 
     def _draft_on_own(self, context: np.ndarray, most: int, pool: CachePool) -> Draft | None:
+        most = min(most, self._engine.spec.context + 1 - len(context))
         if most < 1:
             return None
         needed = len(context) + most - 1
-        room = min(needed + needed // 2, self._engine.spec.context)  # so that growing stays a constant share
         row = self._own
         if row is None:
-            row = pool.acquire(1, room)
+            row = self._with_room(lambda room: pool.acquire(1, room), needed)
         # Until it is in step with the text, nobody owns it: after an error the pool shall not have it back.
         self._own = None
         if needed > row.capacity:
-            row.reserve(room)
+            self._with_room(row.reserve, needed)
         row.truncate(self._known(context))
         most = _undoable(row, len(context), most)
-        draft = self._drawn(row, context, most) if most else None
+        draft = self._drawn(row, context, context[int(row.lengths[0]) :], most) if most else None
         self._own = row
         self._stepped = len(context) if draft is not None else int(row.lengths[0])
         self._drafted = draft.tokens[:-1] if draft is not None else []
         return draft
+
+    def _with_room(self, make: Callable[[int], Made], needed: int) -> Made:
+        """``make`` of half as much again as is needed, so that growing stays a constant share; of that, if the budget
+        has no more."""
+        try:
+            return make(min(needed + needed // 2, self._engine.spec.context))
+        except MemoryLimitError:
+            return make(needed)
 
     def _known(self, context: np.ndarray) -> int:
         """How many tokens of ``context`` our own row begins with; one is left to step."""
@@ -140,12 +150,12 @@ class ModelDrafter:
     def _forget(self) -> None:
         self._own, self._stepped, self._drafted = None, 0, []
 
-    def _drawn(self, row: KVCache, context: np.ndarray, most: int) -> Draft:
-        """Steps what ``row`` does not hold yet of ``context``, then draws."""
+    def _drawn(self, row: KVCache, context: np.ndarray, unread: np.ndarray, most: int) -> Draft:
+        """Steps what ``row`` does not hold yet of ``context``, its last tokens ``unread``, then draws."""
         tokens: list[int] = []
         proposals: list[tuple[np.ndarray, np.ndarray]] = []
         confidence = 0
-        logits = self._read(row, context[int(row.lengths[0]) :])
+        logits = self._read(row, unread)
         while True:
             if not math.isfinite(logits.max()):
                 raise NumericalError(f"logits of drafter {self.name!r} are not finite behind {len(context)} tokens")

@@ -22,6 +22,9 @@ def require_same_tokens(target: Any, draft: Any, target_vocab: int, draft_vocab:
     if target is None or draft is None:
         which = "this model" if target is None else "the assistant model"
         raise PromptError(f"{which} has no tokenizer to compare with the other one's", hint="load both with theirs")
+    for which, tokenizer in (("this model", target), ("the assistant model", draft)):
+        if not hasattr(tokenizer, "get_vocab"):
+            raise PromptError(f"the tokenizer of {which} does not tell its vocabulary (get_vocab)", hint=hint)
     ours, theirs = target.get_vocab(), draft.get_vocab()
     if ours != theirs:
         text = min((text for text in {*ours, *theirs} if ours.get(text) != theirs.get(text)), key=_order(ours, theirs))

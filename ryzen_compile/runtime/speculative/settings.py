@@ -72,6 +72,12 @@ def read_speculation(
     """
     given = {name: arguments[name] for name in TRANSFORMERS_NAMES if arguments.get(name) is not None}
     if isinstance(speculation, Speculation):
+        unread = [name for name in given if speculation.drafters is not None and not _readers(name, speculation)]
+        if unread:
+            raise PromptError(
+                f"{unread[0]} is read by none of the drafters {', '.join(speculation.drafters or ())}",
+                hint="leave it out, or let the drafters choose themselves (drafters=None)",
+            )
         return _adjusted(speculation, given)
     said = {name: config[name] for name in TRANSFORMERS_NAMES if config.get(name) is not None} | given
     if speculation is True or speculation == "auto":
@@ -100,6 +106,19 @@ def _adjusted(settings: Speculation, said: Mapping[str, Any]) -> Speculation:
         "ngram": said.get("max_matching_ngram_size"),
     }
     return replace(settings, **{name: value for name, value in fields.items() if value is not None})
+
+
+def _readers(name: str, speculation: Speculation) -> set[Name]:
+    """Of the drafters asked for, those that transformers' ``name`` means something to."""
+    every: set[Name] = set(speculation.drafters or ())
+    of: dict[str, set[Name]] = {
+        "prompt_lookup_num_tokens": {"lookup"},
+        "max_matching_ngram_size": {"lookup"},
+        "assistant_early_exit": {"early_exit"},
+        "assistant_model": {"draft_model"},
+        "assistant_confidence_threshold": {"early_exit", "draft_model"},
+    }
+    return every & of.get(name, every)
 
 
 def _drafter_names(given: Mapping[str, Any]) -> tuple[Name, ...]:

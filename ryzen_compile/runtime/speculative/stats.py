@@ -85,7 +85,7 @@ class SpeculationStats:
             for counted in fields(theirs):
                 setattr(own, counted.name, getattr(own, counted.name) + getattr(theirs, counted.name))
         self.dropped |= other.dropped
-        self.idle = other.idle
+        self.idle = "" if self.drafts else other.idle
 
     def to_json(self) -> dict[str, Any]:
         counts = ("tokens", "steps", "steps_saved", "drafts", "drafted", "accepted")
@@ -103,7 +103,7 @@ class SpeculationStats:
 
     def to_text(self) -> str:
         """A few lines for people: what it came to, each drafter, and how many tokens of a draft were accepted."""
-        if self.idle:
+        if self.idle and not self.drafts:
             return f"speculation: nothing drafted: {self.idle}"
         lines = [
             f"speculation: {self.tokens} tokens in {self.steps} steps, {self.speed_up:.2f} x the estimate without",
