@@ -2,16 +2,18 @@
 #   make demo     export the shipped model, compare it with Hugging Face, print the measured speed-up
 #   make test     the test suite
 #   make check    ruff (lint and format) and mypy
+#   make gpu-check   tests and measurements on a GPU, at most nine minutes; with RUN=python3 in an environment of your own
 # PYTHON picks the interpreter (3.11 or newer). PIP_ARGS is passed to pip: on Linux, PyPI's torch brings CUDA with it, and
 # PIP_ARGS="--extra-index-url <PyTorch's CPU index>" takes the far smaller CPU build of the same version.
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow check gpu-check format clean
 
 demo: $(VENV)/.installed-test
 	$(RUN) examples/demo.py
@@ -26,6 +28,9 @@ check: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+gpu-check: $(if $(filter $(VENV)/bin/python,$(RUN)),$(VENV)/.installed-test)
+	$(RUN) benchmarks/gpu_check.py $(GPU_ARGS)
 
 format: $(VENV)/.installed-dev
 	$(RUN) -m ruff check --fix .

@@ -1,4 +1,5 @@
-"""Looking up rows of a table of codes on a GPU: the Triton kernel of ``ryzen::codebook_embedding``, forward only.
+"""Looking up rows of a table of codes on a GPU: the Triton kernels of ``ryzen::codebook_embedding`` and
+``ryzen::embedding_nbits``, forward only.
 
 Each program decodes a piece of one row: the table is read where it is asked for and never expanded. Every step of the
 formula is rounded by itself, as the reference does, so results are equal to the bit; the compiler would otherwise join
@@ -12,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ryzen_compile.errors import UnsupportedError, UsageError
+from ryzen_compile.errors import UsageError
+from ryzen_compile.kernels import launch
+from ryzen_compile.numerics.blockwise import BlockFormat, BlockTensor
 from ryzen_compile.numerics.codebook import CodebookTensor, expect_ids
 
 CHANNELS = 1024  # of one program at most: wider rows are cut, and the machine is full from few rows on
-CHANNELS_PER_WARP = 256  # 8 for each of its 32 threads
 
 
 @triton.jit
@@ -116,30 +118,13 @@ def codebook_embedding(
     fit together, ``UnsupportedError`` for tensors that are not on a GPU (unless Triton interprets its kernels).
     """
     table = CodebookTensor.stored(codes, codebook, scales, gain, offset, slots, kept, width, bits, group)
-    _expect_together(ids, table)
-    out = torch.empty((*ids.shape, width), dtype=torch.float32, device=ids.device)
+    expect_ids(ids)
+    device = launch.expect_device("codebook_embedding", ids=ids, **table.tensors)
+    out = launch.empty((*ids.shape, width), torch.float32, device)
     if out.numel():
-        # Triton launches on the current device, which need not be the tensors' own. On a CPU this does nothing.
-        with torch.cuda.device_of(ids):
+        with launch.on(ids):
             _launch(ids.contiguous(), table, out)
     return out
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets these kernels, on the CPU: the environment said so when they were imported."""
-    return not isinstance(_codebook_embedding_kernel, triton.JITFunction)
-
-
-def _expect_together(ids: Tensor, table: CodebookTensor) -> None:
-    expect_ids(ids)
-    elsewhere = [f"{name} on {t.device}" for name, t in table.tensors.items() if t.device != ids.device]
-    if elsewhere:
-        raise UsageError(f"all tensors must be on one device: ids are on {ids.device}, {', '.join(elsewhere)}")
-    if not ids.is_cuda and not interpreted():
-        raise UnsupportedError(
-            f"a Triton kernel runs on a GPU, the tensors are on {ids.device}",
-            hint="move them to a CUDA device; TRITON_INTERPRET=1 in the environment of the process runs it on the CPU",
-        )
 
 
 def _launch(ids: Tensor, table: CodebookTensor, out: Tensor) -> None:
@@ -163,6 +148,105 @@ def _launch(ids: Tensor, table: CodebookTensor, out: Tensor) -> None:
         STAGES=form.stages,
         VECTORS_PER_SCALE=(form.group or 0) // form.dim,
         BLOCK=block // form.dim,
-        num_warps=max(1, block // CHANNELS_PER_WARP),
+        num_warps=launch.warps(block),
         enable_fp_fusion=False,  # no fused multiply-add: it rounds once where the formula rounds twice
     )
+
+
+@triton.jit
+def _embedding_nbits_kernel(
+    ids: tl.tensor,  # (n,) integers
+    packed: tl.tensor,  # (V, row_bytes) uint8
+    scales: tl.tensor,  # (V, blocks) float32
+    zeros: tl.tensor | None,  # (V, zero_bytes) uint8
+    out: tl.tensor,  # (n, C) float32
+    rows: tl.tensor,  # V
+    C: tl.tensor,
+    row_bytes: tl.tensor,
+    blocks: tl.tensor,
+    zero_bytes: tl.tensor,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,  # weights that share a scale
+    BYTES: tl.constexpr,  # of one program, a power of two
+) -> None:
+    place = tl.program_id(0).to(tl.int64)  # int64, as are rows: their products with a row's size overflow int32
+    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
+    lane = tl.arange(0, 8 // BITS)[None, :]
+    channel = byte[:, None] * (8 // BITS) + lane
+    group = byte * (8 // BITS) // BLOCK  # a byte's codes share a block
+
+    row = tl.load(ids + place).to(tl.int64)
+    known = (row >= 0) & (row < rows)
+    wanted = byte < tl.where(known, row_bytes, 0)
+    code = tl.load(packed + row * row_bytes + byte, mask=wanted, other=0).to(tl.int32)[:, None]
+    code = (code >> (lane * BITS)) & ((1 << BITS) - 1)
+    if zeros is None:
+        code -= 1 << (BITS - 1)
+    else:
+        bit = group * BITS
+        zero = tl.load(zeros + row * zero_bytes + bit // 8, mask=wanted, other=0).to(tl.int32)
+        code -= ((zero >> (bit % 8)) & ((1 << BITS) - 1))[:, None]
+    scale = tl.load(scales + row * blocks + group, mask=wanted, other=0.0)
+    value = tl.where(wanted[:, None], code.to(tl.float32) * scale[:, None], float("nan"))
+    tl.store(out + place * C + channel, value, mask=channel < C)
+
+
+def embedding_nbits(
+    ids: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, width: int, bits: int, block: int
+) -> Tensor:
+    """The operator ``ryzen::embedding_nbits``: rows ``ids`` (...) of a table (V, width) -> (..., width) float32.
+
+    Equal to the reference to the bit, but for an id outside the table, negative ones included, whose row is all NaN as
+    with ``codebook_embedding``. Raises ``UsageError`` for tensors that do not fit together, ``UnsupportedError`` for
+    tensors that are not on a GPU (unless Triton interprets its kernels).
+    """
+    table = stored_blocks("embedding_nbits", packed, scales, zeros, bits, block, width)
+    expect_ids(ids)
+    device = launch.expect_device("embedding_nbits", ids=ids, packed=packed, scales=scales, zeros=zeros)
+    out = launch.empty((*ids.shape, width), torch.float32, device)
+    if out.numel():
+        row_bytes = table.packed.shape[1] * table.packed.shape[2]
+        step = min(triton.next_power_of_2(row_bytes), CHANNELS * bits // 8)
+        with launch.on(ids):
+            _embedding_nbits_kernel[(ids.numel(), triton.cdiv(row_bytes, step))](
+                ids.contiguous(),
+                table.packed,
+                table.scales,
+                table.zeros,
+                out,
+                table.shape[0],
+                width,
+                row_bytes,
+                table.scales.shape[1],
+                0 if table.zeros is None else table.zeros.shape[1],
+                BITS=bits,
+                BLOCK=block,
+                BYTES=step,
+                num_warps=launch.warps(step * 8 // bits),
+            )
+    return out
+
+
+def stored_blocks(
+    op: str, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, block: int, width: int
+) -> BlockTensor:
+    """The weight (N, ``width``) that an operator's tensors store, contiguous; ``bits`` are those of a stored code.
+
+    Raises ``UsageError`` where types and shapes are not those of a ``BlockTensor``.
+    """
+    form = BlockFormat(bits, block, zeros is None)
+    if bits != form.stored_bits or width < 1:
+        raise UsageError(f"{op}: expected codes of 2, 4 or 8 bits in rows of 1 or more, got {bits} and {width}")
+    rows, blocks = packed.shape[0] if packed.ndim else 0, form.blocks(width)
+    for name, tensor, dtype, shape in (
+        ("packed", packed, torch.uint8, (rows, blocks, block * bits // 8)),
+        ("scales", scales, torch.float32, (rows, blocks)),
+        ("zeros", zeros, torch.uint8, (rows, -(-blocks * bits // 8))),
+    ):
+        if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != shape):
+            raise UsageError(
+                f"{op}: {name} must be {shape} in {dtype} for rows of {width}, "
+                f"got {tuple(tensor.shape)} in {tensor.dtype}"
+            )
+    zeros = None if zeros is None else zeros.contiguous()
+    return BlockTensor(form, (rows, width), packed.contiguous(), scales.contiguous(), zeros)

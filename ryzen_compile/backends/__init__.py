@@ -14,6 +14,7 @@ from ryzen_compile.errors import UsageError
 CANDIDATES = {
     "eager": ("ryzen_compile.backends.eager", "EagerBackend"),
     "onnxruntime": ("ryzen_compile.backends.onnxruntime", "OnnxRuntimeBackend"),
+    "triton": ("ryzen_compile.backends.triton", "TritonBackend"),
 }
 
 

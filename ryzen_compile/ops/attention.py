@@ -100,16 +100,17 @@ def cached_attention(
     ``sin`` (N, R), or none for no rotation. Before they are stored, rotated keys lose ``k_mean`` (1, K, 1, D): a
     constant changes all scores of a query by the same, which softmax does not see unless there are sinks or a soft cap.
     ``turned`` then multiplies queries and keys by ``hadamard(D)``, which leaves their products alone and spreads
-    outliers before rounding. A ``rolling`` cache keeps ``spec.resident_rows``
-    rows of a sequence. Returns the output (B, T, H D') and both caches with the new rows in place.
+    outliers before rounding. Keys are rounded once, as they are stored. A ``rolling`` cache keeps
+    ``spec.resident_rows`` rows of a sequence. Returns the output (B, T, H D') and both caches with the new rows in
+    place.
     """
     b, t = q.shape[:2]
     kv_heads = k_cache.shape[1]
     if k is None or v is None:
         d, value_dim = _channels(k_cache, k_format), _channels(v_cache, v_format)
         q, k, v = q.split((heads * d, kv_heads * d, kv_heads * value_dim), dim=-1)
-    queries = q.reshape(b, t, heads, -1).transpose(1, 2)
-    keys = k.reshape(b, t, kv_heads, -1).transpose(1, 2)
+    queries = wide(q.reshape(b, t, heads, -1).transpose(1, 2))
+    keys = wide(k.reshape(b, t, kv_heads, -1).transpose(1, 2))
     values = v.reshape(b, t, kv_heads, -1).transpose(1, 2)
     positions = lengths.to(torch.int64)[:, None] - t + torch.arange(t, device=q.device)  # (B, T)
     if cos is not None and sin is not None:
@@ -120,7 +121,8 @@ def cached_attention(
     if turned:
         spread = torch.from_numpy(rows.hadamard(keys.shape[-1])).to(keys)
         queries, keys = queries @ spread, keys @ spread
-    new = _stored(keys, k_format, k_scale), _stored(values, v_format, v_scale)
+    queries = queries.to(q.dtype)
+    new = _stored(keys, k_format, k_scale, k_cache), _stored(values, v_format, v_scale, v_cache)
     place = _roll if rolling else _append
     held, at, caches = place((k_cache, v_cache), new, positions, window)
     key_rows, value_rows = (
@@ -169,19 +171,19 @@ def _channels(cache: Tensor, form: str) -> int:
     return rows.RowFormat.parse(form).channels(cache.shape[3])
 
 
-def _stored(x: Tensor, form: str, scale: Tensor | None) -> Tensor:
-    """Rows (B, K, T, D) as the cache holds them; floats stay as they are, in whatever precision they come."""
+def _stored(x: Tensor, form: str, scale: Tensor | None, cache: Tensor) -> Tensor:
+    """Rows (B, K, T, D) as ``cache`` holds them."""
     if form == FLOAT:
-        return x
+        return x.to(cache.dtype)
     fixed = None if scale is None else scale.detach().cpu().numpy()
-    coded = rows.encode(x.detach().cpu().numpy(), rows.RowFormat.parse(form), fixed)
+    coded = rows.encode(wide(x).detach().cpu().numpy(), rows.RowFormat.parse(form), fixed)
     return torch.from_numpy(coded).to(x.device)
 
 
 def _read(held: Tensor, form: str, dim: int, scale: Tensor | None, like: Tensor) -> Tensor:
     """The inverse of ``_stored``, in the precision of ``like``."""
     if form == FLOAT:
-        return held
+        return held.to(like.dtype)
     fixed = None if scale is None else scale.detach().cpu().numpy()
     decoded = rows.decode(held.cpu().numpy(), rows.RowFormat.parse(form), dim, fixed)
     return torch.from_numpy(decoded).to(like)
@@ -213,3 +215,65 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = q.new_empty((*q.shape[:2], heads * _channels(v_cache, v_format)))
     return out, k_cache.new_empty(k_cache.shape), v_cache.new_empty(v_cache.shape)
+
+
+@torch.library.custom_op("ryzen::cached_attention_inplace", mutates_args=("k_cache", "v_cache"))
+def cached_attention_inplace(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    sinks: Tensor | None,
+    heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    interleaved: bool,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_format: str = FLOAT,
+    v_format: str = FLOAT,
+    turned: bool = False,
+    rolling: bool = False,
+    k_mean: Tensor | None = None,
+) -> Tensor:
+    """``cached_attention`` for engines that own their caches: the new rows are written to those given, and only the
+    output (B, T, H D') is returned."""
+    out, keys, values = cached_attention(
+        q, k, v, k_cache, v_cache, lengths, cos, sin, sinks, heads, scale, window, softcap, interleaved, k_scale,
+        v_scale, k_format, v_format, turned, rolling, k_mean,
+    )  # fmt: skip
+    k_cache.copy_(keys)
+    v_cache.copy_(values)
+    return out
+
+
+@cached_attention_inplace.register_fake
+def _(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    sinks: Tensor | None,
+    heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    interleaved: bool,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_format: str = FLOAT,
+    v_format: str = FLOAT,
+    turned: bool = False,
+    rolling: bool = False,
+    k_mean: Tensor | None = None,
+) -> Tensor:
+    return q.new_empty((*q.shape[:2], heads * _channels(v_cache, v_format)))

@@ -60,7 +60,8 @@ class HuggingFaceEager:
 
     def _forward(self, tokens: np.ndarray, last: int = 1) -> torch.Tensor:
         keep: dict[str, Any] = {} if self.all_logits else {"logits_to_keep": last}
-        out = self.model(torch.from_numpy(tokens).to(self.model.device), past_key_values=self._past, use_cache=True, **keep)
+        ids = torch.from_numpy(tokens).to(self.model.device)
+        out = self.model(ids, past_key_values=self._past, use_cache=True, **keep)
         logits: torch.Tensor = out.logits
         return logits
 

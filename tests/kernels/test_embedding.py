@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ryzen_compile.errors import UnsupportedError, UsageError
+from ryzen_compile.numerics.blockwise import BlockFormat, BlockTensor
 from ryzen_compile.numerics.codebook import CODE_BITS, DIMS, STAGES, CodebookFormat, CodebookTensor
+from tests.kernels.oracle import DEVICE, guarded
 
 V = 11
 KEPT = (0, 7)
 EVERYTHING = ("gain", "offset", "kept")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -196,15 +197,12 @@ def test_ids_must_be_integers(embedding):
 def test_all_tensors_must_be_on_one_device(embedding):
     stored = table(CodebookFormat(), 6)
     away = torch.ones(6, device="meta")
-    with pytest.raises(UsageError, match=f"ids are on {DEVICE}.*, gain on meta"):
+    with pytest.raises(UsageError, match=f"ids is on {DEVICE}.*, gain on meta"):
         embedding.codebook_embedding(torch.tensor([1], device=DEVICE), *arguments(stored, gain=away))
 
 
 def test_a_compiled_kernel_refuses_a_cpu(embedding, monkeypatch):
-    import triton
-
-    compiled = triton.JITFunction(embedding._codebook_embedding_kernel.fn)
-    monkeypatch.setattr(embedding, "_codebook_embedding_kernel", compiled)
+    monkeypatch.setattr(embedding.launch, "interpreted", lambda: False)
     with pytest.raises(UnsupportedError, match="runs on a GPU, the tensors are on cpu; move them to a CUDA device"):
         embedding.codebook_embedding(torch.tensor([1]), *arguments(table(CodebookFormat(), 6), "cpu"))
 
@@ -236,14 +234,19 @@ BARE = {"BITS": 8, "DIM": 1, "STAGES": 1, "VECTORS_PER_SCALE": 0, "BLOCK": 1, "v
 print(joined((), WIDE, enable_fp_fusion=False))
 print(joined(("scales", "gain", "offset", "slots", "kept"), BARE, enable_fp_fusion=False))
 print(joined((), WIDE, enable_fp_fusion=True)[0] > 0)
+
+KERNEL = embedding._embedding_nbits_kernel
+TENSORS = {"ids": "*i64", "packed": "*u8", "scales": "*fp32", "zeros": "*u8", "out": "*fp32"}
+print(joined((), {"BITS": 4, "BLOCK": 32, "BYTES": 512}))
 """
 
 
 def test_the_kernel_compiles_for_a_gpu_and_rounds_every_step(tmp_path):
-    """For compute capability 8.0, which needs no GPU; the last line shows what the launch's option prevents."""
+    """For compute capability 8.0, which needs no GPU; the third line shows what the launch's option prevents. Integers
+    have no rounding that a fused multiply-add could save."""
     pytest.importorskip("triton")
     child = run(COMPILE, os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)})
-    assert child.stdout.splitlines() == ["(0, 0)", "(0, 0)", "True"], child.stderr
+    assert child.stdout.splitlines() == ["(0, 0)", "(0, 0)", "True", "(0, 0)"], child.stderr
 
 
 BEFORE_A_FORBIDDEN_PAGE = """
@@ -272,6 +275,84 @@ def test_nothing_behind_the_last_code_is_read():
     pytest.importorskip("triton")
     child = run(BEFORE_A_FORBIDDEN_PAGE, os.environ | {"TRITON_INTERPRET": "1"})
     assert child.stdout.split() == ["8.0"] * 5, child.stderr
+
+
+def integers(rows: int, width: int, bits: int = 4, block: int = 32, symmetric: bool = True) -> BlockTensor:
+    """Random codes and scales and, unless ``symmetric``, zero points."""
+    form, generator = BlockFormat(bits, block, symmetric), torch.Generator().manual_seed(width)
+    grid = (rows, form.blocks(width))
+    codes = torch.randint(1 << bits, (*grid, block), generator=generator)
+    zeros = None if symmetric else torch.randint(1 << bits, grid, generator=generator)
+    return BlockTensor.from_codes(codes, torch.randn(grid, generator=generator), zeros, form, (rows, width))
+
+
+def rows_of_integers(kernels: ModuleType, ids: Tensor, stored: BlockTensor, **other: Any) -> Tensor:
+    named = {name: getattr(stored, name) for name in ("packed", "scales", "zeros")}
+    named |= {"width": stored.shape[1], "bits": stored.format.stored_bits, "block": stored.format.block} | other
+    on_device = (value.to(DEVICE) if isinstance(value, Tensor) else value for value in named.values())
+    return kernels.embedding_nbits(ids.to(DEVICE), *on_device)
+
+
+@pytest.mark.parametrize("width", [1, 3, 31, 127, 129, 1025, 2053])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_integers_of_every_width(embedding, monkeypatch, bits, symmetric, width):
+    stored, ids = integers(V, width, bits, 16, symmetric), torch.tensor([[V - 1, 0]])
+    with guarded(monkeypatch):
+        got = rows_of_integers(embedding, ids, stored)
+    assert got.dtype == torch.float32 and torch.equal(got.cpu(), stored.dequantize()[ids])
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+def test_integers_of_every_block(embedding, block):
+    stored, ids = integers(V, 600, block=block, symmetric=False), torch.tensor([3, 7])
+    assert torch.equal(rows_of_integers(embedding, ids, stored).cpu(), stored.dequantize()[ids])
+
+
+@pytest.mark.parametrize("ids", [torch.tensor(3), torch.zeros(0, 2, dtype=torch.int32), torch.tensor([[[9]], [[1]]])])
+def test_integers_for_ids_of_any_shape(embedding, ids):
+    stored = integers(V, 33, symmetric=False)
+    gapped = {name: torch.stack((t, t), -1)[..., 0] for name, t in vars(stored).items() if isinstance(t, Tensor)}
+    for other in ({}, gapped):
+        got = rows_of_integers(embedding, ids, stored, **other)
+        assert got.shape == (*ids.shape, 33) and torch.equal(got.cpu(), stored.dequantize()[ids.long()])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_an_id_outside_a_table_of_integers_gives_nan(embedding, symmetric):
+    stored = integers(V, 33, symmetric=symmetric)
+    got = rows_of_integers(embedding, torch.tensor([-1, 3, V, 1 << 40, -(1 << 62)]), stored).cpu()
+    assert got.isnan().all(1).tolist() == [True, False, True, True, True]
+    assert torch.equal(got[1], stored.dequantize()[3])
+
+
+def test_the_comparison_sees_wrong_integers(embedding):
+    stored, ids = integers(V, 96, symmetric=False), torch.tensor([2])
+    assert stored.zeros is not None
+    for wrong in (
+        {"scales": stored.scales.roll(1, 1)},
+        {"zeros": (stored.zeros >> 4) | (stored.zeros << 4)},
+        {"packed": (stored.packed >> 4) | (stored.packed << 4)},
+    ):
+        assert not torch.equal(rows_of_integers(embedding, ids, stored, **wrong).cpu(), stored.dequantize()[ids])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"packed": torch.zeros(V, 2, 16)}, r"packed must be \(11, 2, 16\) in torch.uint8"),
+        ({"scales": torch.zeros(V, 2).double()}, r"embedding_nbits: scales must be \(11, 2\) in torch.float32"),
+        ({"zeros": torch.zeros(V, 3, dtype=torch.uint8)}, r"zeros must be \(11, 1\)"),
+        ({"width": 70}, r"packed must be \(11, 3, 16\) .* for rows of 70, got \(11, 2, 16\)"),
+        ({"width": 0}, "in rows of 1 or more, got 4 and 0"),
+        ({"bits": 3}, "expected codes of 2, 4 or 8 bits"),
+    ],
+)
+def test_integers_that_do_not_fit_are_refused(embedding, other, message):
+    with pytest.raises(UsageError, match=message):
+        rows_of_integers(embedding, torch.tensor([1]), integers(V, 33), **other)
+    with pytest.raises(UsageError, match="ids must be integers"):
+        rows_of_integers(embedding, torch.zeros(1), integers(V, 33))
 
 
 def test_places_in_the_table_beyond_int32(embedding):

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from ryzen_compile import ops
 from ryzen_compile.errors import ConfigError
 from ryzen_compile.numerics.rows import RowFormat, decode, encode, hadamard
+from ryzen_compile.ops.attention import cached_attention_inplace
 from ryzen_compile.spec import resident_rows
 
 TOKENS, CAPACITY, GARBAGE = 9, 13, 1e4
@@ -150,7 +151,7 @@ class Storage:
         generator = torch.Generator().manual_seed(1)
         return tuple(
             (0.5 + torch.rand(1, layer.kv_heads, 1, dim, generator=generator)) * 3 / form.limit
-            if form.bits < 32 and not form.group
+            if not form.floats and not form.group
             else None
             for form, dim in self.forms(layer)
         )
@@ -373,6 +374,8 @@ STORED = {
     "int4-g16": Storage("int4-g16", "int4-g16"),
     "int4-g8, turned": Storage("int4-g8", "int4-g8", turned=True),
     "fixed keys, float values": Storage("int8", "fp32"),
+    "halves": Storage("fp16", "fp16"),
+    "halves and groups, centred": Storage("fp16", "int8-g16", centred=True),
     "float keys, values with scales": Storage("fp32", "int4-g32"),
     "8 and 4 bits": Storage("int8", "int4"),
     "grouped and fixed, turned": Storage("int4-g16", "int8", turned=True),
@@ -404,8 +407,8 @@ def test_what_is_attended_to_is_what_is_stored(name: str, packed: bool) -> None:
 
 def assert_rows(rows: Tensor, want: Tensor, turned: bool) -> None:
     """Integers exactly; a product may sum in another order, which can turn the last bit of a few scales and codes."""
-    if rows.dtype == torch.float32:
-        assert_close(rows, want, rtol=1e-4, atol=1e-5)
+    if rows.is_floating_point():
+        assert_close(rows, want, rtol=1e-4 if rows.dtype == torch.float32 else 2e-3, atol=1e-5)
     elif turned:
         assert float((rows == want).float().mean()) > 0.98
     else:
@@ -654,3 +657,59 @@ def test_opcheck_stored_and_rolling(name: str) -> None:
     tables = (torch.tensor([3, 9]), angles.cos(), angles.sin())
     caches = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in layer.caches(2))
     opcheck(ops.cached_attention, (torch.cat(inputs, dim=-1), None, None, *caches, *tables, *rest, *last))
+
+
+HALVES = {
+    "floats": ("fp32", False),
+    "stored halves": ("fp16", False),
+    "codes": ("int8-g8", False),
+    "turned codes": ("int8-g8", True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", HALVES)
+def test_a_model_in_half_precision_rounds_its_keys_once(name: str, dtype: torch.dtype) -> None:
+    """They are rotated and centred in float32, by tables in float32, and stored as float32 ones would be."""
+    form, turned = HALVES[name]
+    layer = Layer(dim=8, value_dim=8, storage=Storage(form, form, turned=turned, centred=True))
+    inputs = tuple(x.to(dtype) for x in layer.inputs(tokens=4))
+    angles, caches = layer.angles(), layer.caches()
+    given = tuple(c.to(dtype) if form == "fp32" else c for c in caches)
+    out, *stored = layer.step(inputs, given, [4], angles, None)
+    exact, *wanted = layer.step(tuple(x.float() for x in inputs), caches, [4], angles, None)
+    assert out.dtype == dtype
+    assert_close(out.float(), exact, rtol=0, atol=0.05)
+    for one, other in zip(stored, wanted, strict=True):
+        assert_rows(one[:, :, :4], other[:, :, :4].to(one.dtype), turned)
+        assert torch.equal(one, other.to(one.dtype)) or turned
+
+
+IN_PLACE = ["int8", "int4-g16, centred and turned", "halves", "floats"]
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_only_the_caches_change_hands(name: str) -> None:
+    layer = WIDE if name == "floats" else stored(name)
+    s, o = layer.storage, layer.options
+    inputs, angles, sinks = layer.inputs(batch=2, tokens=3), layer.angles(), torch.randn(layer.heads)
+    caches, apart = layer.caches(2), layer.step(inputs, layer.caches(2), [4, 9], angles, sinks)
+    tables, rest = (angles.cos(), angles.sin(), sinks), (layer.heads, o.scale, o.window, o.softcap, False)
+    kept = (*s.scales(layer), s.key, s.value, s.turned, s.rolling, s.mean(layer))
+    out = cached_attention_inplace(*inputs, *caches, torch.tensor([4, 9]), *tables, *rest, *kept)
+    assert torch.equal(out, apart[0])
+    for ours, other, before in zip(caches, apart[1:], layer.caches(2), strict=True):
+        assert torch.equal(ours, other) and not torch.equal(ours, before)
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_opcheck_in_place(name: str) -> None:
+    layer = WIDE if name == "floats" else stored(name)
+    s, o = layer.storage, layer.options
+    angles, inputs = layer.angles(), layer.inputs(2, 3)
+    tables = (torch.tensor([3, 9]), angles.cos(), angles.sin(), torch.randn(layer.heads))
+    rest = (layer.heads, o.scale, o.window, o.softcap, False, *s.scales(layer), s.key, s.value, s.turned, False)
+    caches = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in layer.caches(2))
+    packed = (torch.cat(inputs, dim=-1), None, None)
+    opcheck(cached_attention_inplace, (*packed, *caches, *tables, *rest, s.mean(layer)))
+    opcheck(cached_attention_inplace, (*inputs, *layer.caches(2), *tables, *rest, s.mean(layer)))

@@ -102,6 +102,44 @@ def test_rotate_broadcasts_its_angles() -> None:
     assert_close(whole, ops.rotary(x, positions, angles.cos(), angles.sin(), True), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tables", ["float32", "half"])
+def test_half_precision_is_computed_wide_and_rounded_once(dtype: torch.dtype, tables: str) -> None:
+    x, positions, angles = sample(8, 3)
+    x = x.to(dtype)
+    cos, sin = (t if tables == "float32" else t.to(dtype) for t in (angles.cos(), angles.sin()))
+    got = ops.rotary(x, positions, cos, sin, False)
+    assert got.dtype == dtype
+    wide = ops.rotary(x.float(), positions, cos.float(), sin.float(), False)
+    assert wide.dtype == torch.float32
+    assert torch.equal(got, wide.to(dtype))
+    step_by_step = rotate(x.double(), *(t.double()[positions].unsqueeze(1) for t in (cos, sin)), False)
+    assert_close(wide.double(), step_by_step, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gradients(interleaved: bool) -> None:
+    x, positions, angles = sample(7, 2, heads=2, tokens=3)
+    tables = (angles.cos().double(), angles.sin().double())
+
+    def turned(x: Tensor) -> Tensor:
+        return ops.rotary(x, positions, *tables, interleaved)
+
+    x = x.double().requires_grad_()
+    assert torch.autograd.gradcheck(turned, x)
+    assert torch.autograd.gradgradcheck(turned, x)
+
+
+def test_the_gradient_is_turned_back_and_not_on() -> None:
+    x, positions, angles = sample(8, 3)
+    cos, sin = angles.cos().requires_grad_(), angles.sin()
+    x, upstream = x.to(torch.bfloat16).requires_grad_(), torch.randn_like(x).to(torch.bfloat16)
+    ops.rotary(x, positions, cos, sin, True).backward(upstream)
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16 and cos.grad is None
+    assert torch.equal(x.grad, ops.rotary(upstream, positions, cos, -sin, True))
+    assert not torch.equal(x.grad, ops.rotary(upstream, positions, cos, sin, True))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
     "x",
@@ -118,3 +156,5 @@ def test_opcheck(x: Tensor, interleaved: bool) -> None:
     positions, angles = torch.randint(POSITIONS, (2, 5)), torch.rand(POSITIONS, 3)
     opcheck(ops.rotary, (x, positions, angles.cos(), angles.sin(), interleaved))
     opcheck(ops.rotary, (x, positions[:1].expand(2, 5), angles.cos(), angles.sin(), interleaved))
+    opcheck(ops.rotary, (x.clone().requires_grad_(), positions, angles.cos(), angles.sin(), interleaved))
+    opcheck(ops.rotary, (x.to(torch.bfloat16), positions, angles.cos(), angles.sin(), interleaved))

@@ -261,7 +261,7 @@ def drafting(llama: LlamaForCausalLM, **settings: Any) -> CompiledModel:
         {"generation_config": {"prompt_lookup_num_tokens": 4}},
         {"speculation": Speculation(corpus=Corpus([[11, 40, 7, 3]]))},
     ],
-    ids=str,
+    ids=" ".join,  # the arguments' names
 )
 def test_every_way_to_ask_for_speculation_gives_the_models_text(
     llama: LlamaForCausalLM, arguments: dict[str, Any]

@@ -400,7 +400,7 @@ HALF = (np.array([3, 5]), np.array([0.5, 0.5]))
         ({"tokens": [3], "proposals": [(HALF[0], np.array([np.nan, 0.5]))]}, "probabilities that sum to nan"),
         ({"tokens": [3], "proposals": [(HALF[0], np.array([1.5, -0.5]))]}, "probabilities"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_draft_drops_its_drafter(nonsense: Any, message: str) -> None:
     from types import SimpleNamespace
