@@ -119,11 +119,11 @@ def attention(
     sinks = None if sinks is None else sinks.contiguous()
 
     def run(config: triton.Config) -> None:
-        m, n, described = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "DESCRIBED"))
+        m, n, engine = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "DESCRIBED"))
         _attention_kernel[(heads * triton.cdiv(tokens, m),)](
             q,
-            tile.source(k, n, described),
-            tile.source(v, n, described),
+            tile.source(k, n, engine),
+            tile.source(v, n, engine),
             sinks,
             out,
             *(x.stride()[:3] for x in (q, k, v)),
@@ -132,7 +132,8 @@ def attention(
             **config.all_kwargs(),
         )
 
-    choices = tile.configs(HALF, SINGLE, q, k, v)
+    described = tile.describable(k, v)
+    choices = tile.configs(HALF, SINGLE, k, v, described)
     with launch.on(q):
-        run(launch.tuned("attention", tile.alike(q, k, v, window, softcap, causal), choices, run, device))
+        run(launch.tuned("attention", tile.alike(q, k, v, window, softcap, causal, described), choices, run, device))
     return out

@@ -64,9 +64,10 @@ def attention_backward(
             upward, positive = tile.upwards(q, scale)
             rows = [tile.by_strides(x) for x in (upward, k, v, grad.transpose(1, 2), out.transpose(1, 2))]
             numbers = tile.arguments(q, k, v, positive, window, softcap, causal)
-            alike = tile.alike(q, k, v, window, softcap, causal)
-            _launch_queries(rows, sinks, [dq, sizes, deltas], numbers | {"scale": scale}, alike)
-            _launch_keys(rows[:4], [sizes, deltas, dk, dv], numbers | {"scale": positive}, alike)
+            described = [tile.describable(*rows[1:3]), tile.describable(rows[0], rows[3])]
+            alike = [tile.alike(q, k, v, window, softcap, causal, x) for x in described]
+            _launch_queries(rows, sinks, [dq, sizes, deltas], numbers | {"scale": scale}, described[0], alike[0])
+            _launch_keys(rows[:4], [sizes, deltas, dk, dv], numbers | {"scale": positive}, described[1], alike[1])
         if sinks is not None:
             sinks_kernel[(heads,)](sinks, sizes, deltas, dsinks, batch, heads, tokens, BLOCK=SINKS_BLOCK)
     return dq, dk, dv, dsinks
@@ -77,14 +78,15 @@ def _launch_queries(
     sinks: Tensor | None,
     results: list[Tensor],
     numbers: tile.Numbers,
+    described: bool,
     alike: tuple[object, ...],
 ) -> None:
     q, k, v, grad, out = rows
     heads = q.shape[0] * q.shape[1]
 
     def run(config: triton.Config) -> None:
-        m, n, described = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "DESCRIBED"))
-        keys, values = (tile.source(x, n, described) for x in (k, v))
+        m, n, engine = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "DESCRIBED"))
+        keys, values = (tile.source(x, n, engine) for x in (k, v))
         queries_kernel[(heads * triton.cdiv(q.shape[2], m),)](
             *(q, keys, values, grad, out, sinks, *results),
             *(x.stride()[:3] for x in rows),
@@ -93,7 +95,7 @@ def _launch_queries(
             **config.all_kwargs(),
         )
 
-    choices = tile.configs(HALF_QUERIES, SINGLE_QUERIES, k, v)
+    choices = tile.configs(HALF_QUERIES, SINGLE_QUERIES, k, v, described)
     run(launch.tuned("attention_backward_queries", alike, choices, run, q.device))
 
 
@@ -101,6 +103,7 @@ def _launch_keys(
     rows: list[Tensor],  # q, k, v, grad, of (B, heads, T, channels)
     results: list[Tensor],
     numbers: tile.Numbers,
+    described: bool,
     alike: tuple[object, ...],
 ) -> None:
     q, k, v, grad = rows
@@ -108,9 +111,9 @@ def _launch_keys(
     heads = k.shape[0] * k.shape[1]
 
     def run(config: triton.Config) -> None:
-        m, n, described = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "DESCRIBED"))
-        queries, grads = (tile.source(x, m, described) for x in (q, grad))
-        sums = (_numbers_source(x, q.shape[2], m, described) for x in (sizes, deltas))
+        m, n, engine = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "DESCRIBED"))
+        queries, grads = (tile.source(x, m, engine) for x in (q, grad))
+        sums = (_numbers_source(x, q.shape[2], m, engine) for x in (sizes, deltas))
         keys_kernel[(heads * triton.cdiv(q.shape[2], n),)](
             *(queries, k, v, grads, *sums, dk, dv),
             *(x.stride()[:3] for x in rows),
@@ -119,8 +122,8 @@ def _launch_keys(
             **config.all_kwargs(),
         )
 
-    choices = tile.configs(HALF_KEYS, SINGLE_KEYS, q, grad)
-    run(launch.tuned("attention_backward_keys", (*alike, tile.describable(q, grad)), choices, run, q.device))
+    choices = tile.configs(HALF_KEYS, SINGLE_KEYS, q, grad, described)
+    run(launch.tuned("attention_backward_keys", alike, choices, run, q.device))
 
 
 def _numbers_source(x: Tensor, tokens: int, count: int, described: bool) -> Tensor | TensorDescriptor:

@@ -8,7 +8,9 @@ addresses off the threads and leaves them registers.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,13 +30,16 @@ LOG2_E = math.log2(math.e)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # below every score, yet its difference from itself is not NaN
 
 Numbers = dict[str, Any]
-Choices = dict[int, tuple[tuple[int, int, int, int], ...]]  # queries, keys, warps, stages; by the channels of a block
+Choice = tuple[int, int, int, int]  # queries, keys, warps, stages
+Choices = dict[int, tuple[Choice, ...]]  # by the channels of a block
 
 
-@triton.constexpr_function
-def padded(width: int) -> int:
-    """Channels that are worked on for so many: a power of two, of which products take 16 at least."""
+def channels(width: int) -> int:
+    """That are worked on for so many: a power of two, of which products take 16 at least."""
     return max(1 << (width - 1).bit_length(), 16)
+
+
+padded = triton.constexpr_function(channels)  # the same within kernels
 
 
 @triton.jit
@@ -245,23 +250,30 @@ def fitting(*tensors: Tensor) -> int:
     return max(CACHE // sum(x[0, 0].nbytes for x in tensors), 1)
 
 
-def alike(q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, causal: bool) -> tuple[object, ...]:
+def alike(
+    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, causal: bool, described: bool
+) -> tuple[object, ...]:
     """Of problems that share a choice of blocks."""
     sizes = (q.shape[0] * q.shape[1], q.shape[1] // k.shape[1], q.shape[2], window)
-    kind = str(q.dtype), q.shape[3], v.shape[3], causal, softcap != 0, describable(k, v)
+    kind = str(q.dtype), q.shape[3], v.shape[3], causal, softcap != 0, described
     return *kind, *(launch.bucket(size) for size in sizes)
 
 
-def configs(half: Choices, single: Choices, *tensors: Tensor) -> list[triton.Config]:
-    """The choices for ``tensors``, by descriptors where they can be described; the first one by pointers as well."""
-    width = max(64, *(padded(x.shape[3]) for x in tensors))
-    choices = (half if tensors[0].dtype.itemsize == 2 else single)[width]
-    ways = [(True, choices), (False, choices[:1])] if describable(*tensors) else [(False, choices)]
-    return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "DESCRIBED": described}, warps, stages)
-        for described, some in ways
+def configs(half: Choices, single: Choices, x: Tensor, y: Tensor, described: bool) -> Sequence[triton.Config]:
+    """The choices for blocks of ``x`` and ``y``, by descriptors where they can be described; the first by pointers as
+    well."""
+    width = max(64, channels(x.shape[3]), channels(y.shape[3]))
+    return _configs((half if x.dtype.itemsize == 2 else single)[width], described)
+
+
+@functools.cache
+def _configs(choices: tuple[Choice, ...], described: bool) -> Sequence[triton.Config]:
+    ways = [(True, choices), (False, choices[:1])] if described else [(False, choices)]
+    return tuple(
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "DESCRIBED": way}, warps, stages)
+        for way, some in ways
         for m, n, warps, stages in some
-    ]
+    )
 
 
 def describable(*tensors: Tensor) -> bool:
@@ -279,4 +291,4 @@ def source(x: Tensor, rows: int, described: bool) -> Tensor | TensorDescriptor:
     """What a kernel reads so many rows of a head from at a time."""
     if not described:
         return x
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(x.shape[3])])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, channels(x.shape[3])])

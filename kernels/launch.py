@@ -72,7 +72,7 @@ def warps(elements: int) -> int:
 
 def bucket(size: int) -> int:
     """Sizes that share a choice: up to the next power of two."""
-    return int(triton.next_power_of_2(max(size, 1)))
+    return 1 << (max(size, 1) - 1).bit_length()
 
 
 def tuned(

@@ -110,6 +110,12 @@ def test_forms_in_half_precision(small, form, dtype):
     assert_right(small, FORMS[form], dtype)
 
 
+@pytest.mark.parametrize("window", [15, 16, 17, 18, 31])
+def test_windows_about_as_long_as_a_block(small, window):
+    """Where a block is the last one that all see, or some, or none."""
+    assert_right(small, Problem(66, heads=1, kv_heads=1, window=window), torch.float32)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 15, 17, 63, 64, 65, 127, 129])
 @pytest.mark.parametrize("causal", [True, False])
 def test_lengths(kernels, tokens, causal):
@@ -127,7 +133,7 @@ def test_every_choice_of_blocks(kernels, monkeypatch, width):
     """Whatever measuring would find on some device, with the copying engine and, for the first, with pointers."""
     problem = Problem(tokens=131, heads=1, kv_heads=1, dim=width, value_dim=width, window=120, scale=0.1)
     tensors = problem.tensors(torch.bfloat16)
-    for config in kernels.tile.configs(kernels.HALF, kernels.SINGLE, *tensors[:3]):
+    for config in kernels.tile.configs(kernels.HALF, kernels.SINGLE, *tensors[1:3], True):
         monkeypatch.setattr(kernels.launch, "tuned", lambda *_, config=config: config)
         assert_close(kernels.attention(*tensors, *problem.form), reference(*tensors, problem))
 
@@ -142,8 +148,8 @@ def test_every_choice_of_blocks_in_single_precision(kernels, monkeypatch, width)
 def test_half_precision_goes_through_the_copying_engine_and_odd_places_do_not(kernels):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    q, k, v, _ = Problem(dim=24).tensors(torch.float16)
-    ways = [config.kwargs["DESCRIBED"] for config in kernels.tile.configs(kernels.HALF, kernels.SINGLE, q, k)]
+    _, k, v, _ = Problem(dim=24).tensors(torch.float16)
+    ways = [config.kwargs["DESCRIBED"] for config in kernels.tile.configs(kernels.HALF, kernels.SINGLE, k, k, True)]
     assert ways == [True] * (len(ways) - 1) + [False]
     assert isinstance(kernels.tile.source(k, 16, True), TensorDescriptor)
     assert kernels.tile.describable(k.transpose(1, 2).contiguous().transpose(1, 2))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ryzen_compile import ops
 from ryzen_compile.errors import UnsupportedError, UsageError
 from ryzen_compile.ops.attention_backward import attention_backward
-from tests.kernels.oracle import DEVICE, DTYPES, LIMITS, assert_close, guarded, nmse
+from tests.kernels.oracle import DEVICE, LIMITS, assert_close, guarded, nmse
 
 WIDTHS = (64, 128, 256)
 SMALL = dict.fromkeys(WIDTHS, ((16, 16, 4, 2),))  # many blocks for few tokens
@@ -126,13 +126,19 @@ def test_forms_in_half_precision(small, form, dtype):
     assert_right(small, FORMS[form], dtype)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 31, 64, 65, 127, 129])
+@pytest.mark.parametrize("window", [15, 16, 17, 18, 31])
+def test_windows_about_as_long_as_a_block(small, window):
+    """Where a block is the last one that all see, or some, or none."""
+    assert_right(small, Problem(66, heads=1, window=window), torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 31, 64, 127, 129])
 @pytest.mark.parametrize("causal", [True, False])
 def test_lengths(kernels, tokens, causal):
     assert_right(kernels, Problem(tokens, causal=causal), torch.float16)
 
 
-@pytest.mark.parametrize("dims", [(1, 1), (17, 65), (80, 80), (256, 256)], ids=str)
+@pytest.mark.parametrize("dims", [(1, 1), (17, 65), (80, 80)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_widths(kernels, dims, dtype):
     assert_right(kernels, Problem(19, 2, 1, *dims), dtype)
@@ -141,7 +147,8 @@ def test_widths(kernels, dims, dtype):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_choice_of_blocks(kernels, monkeypatch, width):
     """Whatever measuring would find on some device, with the copying engine and, for the first, with pointers."""
-    problem = Problem(tokens=131, heads=1, dim=width, value_dim=width, window=120, scale=0.1)
+    tokens = 67 if width == 256 else 131  # more than one block of most
+    problem = Problem(tokens, heads=1, dim=width, value_dim=width, window=tokens - 11, scale=0.1)
     tensors = problem.tensors(torch.bfloat16)
     want = reference(tensors, problem)
     for index in range(1 + max(len(kernels.HALF_QUERIES[width]), len(kernels.HALF_KEYS[width]))):
@@ -212,7 +219,7 @@ CONTROLS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_comparison_sees_wrong_gradients(small, dtype):
     near = Problem(window=5, heads=4, kv_heads=2)
     tensors = near.tensors(dtype)
