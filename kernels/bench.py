@@ -32,6 +32,11 @@ COPY_BYTES = 1 << 30
 PRODUCT = 8192  # rows, columns and depth
 WARMUP_MS, MEASURE_MS = 20, 80
 QUANTILES = (0.5, 0.2, 0.8)
+FAILURES = (RuntimeError, ValueError, triton.TritonError)  # of one problem; the others go on
+HEAD = (
+    "| operator | shape | type | implementation | ms (20 - 80 %) | rate | of the limit | x ours | NMSE | MiB |\n"
+    "|---|---|---|---|---|---:|---:|---:|---:|---:|"
+)
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,9 @@ def measure_limits(device: torch.device) -> Limits:
     return Limits(copy, products)
 
 
-def measure(case: Case, limits: Limits, facts: dict[str, str]) -> Iterator[Row]:
-    """Our kernel first. An implementation that does not run here is named on stderr and left out."""
-    ours: float | None = None
+def measure(case: Case, limits: Limits, facts: dict[str, str]) -> Iterator[Row | str]:
+    """A row for every implementation, ours first, or what is wrong with one that does not run here."""
+    ours = float("nan")
     for name, run in case.runs.items():
         try:
             error = case.error(run)
@@ -93,12 +98,10 @@ def measure(case: Case, limits: Limits, facts: dict[str, str]) -> Iterator[Row]:
             run()
             peak = (torch.cuda.max_memory_allocated() - before) / 2**20
             middle, low, high = milliseconds(run)
-        except (RuntimeError, triton.CompilationError) as failure:
-            if name == OURS:
-                raise
-            print(f"{case.op} {case.shape} {name}: {failure}".splitlines()[0], file=sys.stderr)
+        except FAILURES as failure:
+            yield f"{case.op} {case.shape} {name}: {type(failure).__name__}: {failure}".splitlines()[0]
             continue
-        ours = middle if ours is None else ours
+        ours = middle if name == OURS else ours
         is_bytes = case.flops == 0
         rate = case.bytes / middle / 1e6 if is_bytes else case.flops / middle / 1e9
         limit = limits.copy if is_bytes else limits.products[case.dtype]
@@ -109,15 +112,12 @@ def measure(case: Case, limits: Limits, facts: dict[str, str]) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def to_text(rows: Sequence[Row]) -> str:
-    """A Markdown table."""
-    head = "| operator | shape | type | implementation | ms (20 - 80 %) | rate | of the limit | x ours | NMSE | MiB |"
-    lines = (
+def to_text(r: Row) -> str:
+    """A line of the Markdown table that ``HEAD`` begins."""
+    return (
         f"| {r.op} | {r.shape} | {r.dtype} | {r.implementation} | {r.ms:.4f} ({r.ms_low:.4f} - {r.ms_high:.4f}) | "
         f"{r.rate:.4g} {r.unit} | {100 * r.of_limit:.1f} % | {r.times_ours:.2f} | {r.nmse:.2g} | {r.peak_mib:.1f} |"
-        for r in rows
     )
-    return "\n".join((head, "|---|---|---|---|---|---:|---:|---:|---:|---:|", *lines))
 
 
 def append(rows: Sequence[Row], file: Path) -> None:
@@ -191,12 +191,32 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "versions": f"torch {torch.__version__}, triton {triton.__version__}",
     }
-    rows: list[Row] = []
+    failures: list[str] = []
+    print(HEAD)
     for subject in args.subjects or SUBJECTS:
-        for case in SUBJECTS[subject](device, Sizes()):
-            rows += measure(case, limits, facts)
-    print(to_text(rows))
-    append(rows, args.csv)
+        failures += measure_subject(subject, device, limits, facts, args.csv)
+    for failure in failures:
+        print(f"FAILED {failure}")
+    sys.exit(bool(failures))
+
+
+def measure_subject(subject: str, device: torch.device, limits: Limits, facts: dict[str, str], file: Path) -> list[str]:
+    """Measures, prints and keeps case by case, so that what fails or is cut off costs nothing that is done; what
+    failed."""
+    failures: list[str] = []
+    cases = SUBJECTS[subject](device, Sizes())
+    while True:
+        try:
+            case = next(cases, None)
+        except FAILURES as failure:
+            return [*failures, f"{subject}: {type(failure).__name__}: {failure}".splitlines()[0]]
+        if case is None:
+            return failures
+        found = list(measure(case, limits, facts))
+        rows = [row for row in found if isinstance(row, Row)]
+        failures += [failure for failure in found if isinstance(failure, str)]
+        print("\n".join(map(to_text, rows)), flush=True)
+        append(rows, file)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.compiler.errors import CompileTimeAssertionFailure
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from ryzen_compile.errors import UnsupportedError, UsageError
 
@@ -86,7 +87,7 @@ def tuned(
 
     ``run`` launches it once with a candidate, which must be harmless any number of times. The first candidate is the
     one to take where nothing can be measured, and so the one that ought to work everywhere; one that needs more of the
-    device than there is drops out. Raises ``OutOfResources`` when all do.
+    device than there is, or does not compile for it, drops out. Raises what the last one raised when all do.
     """
     if len(candidates) == 1 or device.type != "cuda":
         return candidates[0]
@@ -130,7 +131,7 @@ class Choices:
         for config in candidates:
             try:
                 taken = self._milliseconds(lambda config=config: run(config))  # type: ignore[misc]
-            except OutOfResources as error:
+            except (OutOfResources, PTXASError, CompileTimeAssertionFailure) as error:
                 lack = error
                 continue
             if taken < least:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from torch import fx, nn
 import ryzen_compile
 from ryzen_compile import kernels
 from ryzen_compile.backends.eager import EagerBackend
-from ryzen_compile.backends.triton import TritonBackend
+from ryzen_compile.backends.triton import TritonBackend, graphs
+from ryzen_compile.backends.triton.lowering import lower
 from ryzen_compile.backends.triton.rest import compile_rest
 from ryzen_compile.capture import capture
 from ryzen_compile.config import Recipe, find_recipe
@@ -24,11 +26,14 @@ from ryzen_compile.row_shifts import row_shifts
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.compiled import CompiledModel
 from ryzen_compile.runtime.speculative.settings import Speculation
+from ryzen_compile.train.module import training_module
+from tests.kernels.oracle import nmse
 from tests.zoo import CASES, VOCAB, NanoDecoder, build, randomize
 
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FOR_GOOD = ExitStack()  # kept: what is collected is left
 PROMPT = [5, 17, 42, 8, 91, 3, 3, 60, 5, 17]
 CASE = {case.name: case for case in CASES}
 
@@ -49,7 +54,7 @@ def attached() -> Iterator[None]:
     kernels.attach(DEVICE)
     yield
     if DEVICE == "cpu":
-        detached().__enter__()
+        FOR_GOOD.enter_context(detached())
 
 
 def program_of(model: nn.Module, recipe: Recipe) -> Program:
@@ -180,22 +185,33 @@ def test_a_cache_that_evicts_by_itself_is_refused():
         TritonBackend(DEVICE).compile(program, "fp32")
 
 
+SPELLINGS = {
+    "converted": lambda ids, w: torch.sin(torch.arange(ids.shape[1], device=ids.device).type_as(w)),
+    "counted in floats": lambda ids, w: torch.sin(torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)),
+    "times a weight": lambda ids, w: torch.sin(torch.arange(ids.shape[1], device=ids.device) * w[0]),
+    "times a number": lambda ids, w: torch.sin(torch.arange(ids.shape[1], device=ids.device) * 0.1),
+    "sine of integers": lambda ids, w: torch.sin(torch.arange(ids.shape[1], device=ids.device)),
+}
+
+
 class Angles(nn.Module):
     """Turns by angles that it computes from positions, in a way that nothing recognises."""
 
-    def __init__(self) -> None:
+    def __init__(self, spelling: str) -> None:
         super().__init__()
         self.inner = NanoDecoder()
         self.block_size = self.inner.block_size
+        self.spelling = spelling
+        self.speed = nn.Parameter(torch.tensor([0.3]))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(ids.shape[1], device=ids.device).float()
-        return self.inner(ids) * (1 + 0.001 * torch.sin(positions))[None, :, None]
+        return self.inner(ids) * (1 + 0.001 * SPELLINGS[self.spelling](ids, self.speed))[None, :, None]
 
 
-def test_positions_as_numbers_are_refused_in_half_precision():
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_positions_as_numbers_are_refused_in_half_precision(spelling):
     torch.manual_seed(0)
-    program = program_of(Angles().eval(), find_recipe("fp32", logits="all"))
+    program = program_of(Angles(spelling).eval(), find_recipe("fp32", logits="all"))
     with pytest.raises(UnsupportedError, match=r"computes with positions as numbers.*use precision fp32"):
         TritonBackend(DEVICE).compile(program, "bf16")
 
@@ -237,6 +253,86 @@ def test_runs_of_pointwise_work_are_compiled_and_products_are_not():
     fused = compile_rest(graph, compiler)
     assert seen == [["mul", "tanh", "add"]], "the lone product behind the linear is not worth a kernel"
     torch.testing.assert_close(fused(x, w)[0], Leftovers()(x, w), rtol=0, atol=0)
+
+
+def test_layers_that_are_alike_are_compiled_once():
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            for _ in range(2):
+                x = torch.nn.functional.linear((x * 3.0).tanh() + 1, w)
+            return x
+
+    x, w = torch.randn(2, 4), torch.randn(4, 4)
+    exported = torch.export.export(Twice(), (x, w))
+    seen: list[fx.GraphModule] = []
+    fused = compile_rest(fx.GraphModule(nn.Module(), exported.graph_module.graph), lambda p: seen.append(p) or p)
+    assert len(seen) == 1
+    torch.testing.assert_close(fused(x, w)[0], Twice()(x, w), rtol=0, atol=0)
+
+
+def test_models_that_wait_for_numbers_are_not_captured(llama):
+    assert lower(llama, torch.device(DEVICE), torch.float32).uncapturable == ""
+    program = llama.copy()
+    logits = program.outputs[0]
+    with program.graph.inserting_before(logits):
+        made = program.graph.call_function(torch.ops.aten.nonzero.default, (program.inputs[0],))
+        made.meta["val"] = torch.zeros(1, 2, dtype=torch.long)
+    output = program.graph.output_node()
+    with program.graph.inserting_before(output):
+        total = program.graph.call_function(torch.ops.aten.add.Tensor, (logits, made))
+        total.meta["val"] = logits.meta["val"]
+    program.exported.graph.output_node().args = ((total, *output.args[0][1:]),)
+    assert "nonzero" in lower(program, torch.device(DEVICE), torch.float32).uncapturable
+
+
+class Recorded:
+    """Stands in for a captured graph: it runs the step that was captured, whatever it is asked to run later."""
+
+    def __init__(self, inputs: list[torch.Tensor], step: Callable[..., torch.Tensor], pool: object) -> None:
+        self.graph = SimpleNamespace(pool=lambda: pool)
+        self._step = step
+
+    def replay(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        return self._step(*inputs)
+
+
+def test_a_captured_step_is_used_for_steps_like_it_alone(llama, monkeypatch):
+    """Other buffers, sizes and numbers of logits take steps of their own: a graph holds addresses."""
+    monkeypatch.setattr(graphs, "_Captured", Recorded)
+    plain, capturing = (TritonBackend(DEVICE).compile(llama, "fp32") for _ in range(2))
+    capturing._graphs = graphs.StepGraphs()
+    tokens = np.array([[5, 17, 42]])
+    for engine in (plain, capturing):
+        caches = [KVCache(engine.slots, rows, 4, limit=16, storage=engine.storage) for rows in (1, 1, 2)]
+        views = [caches[0], caches[1], caches[2].row(0), caches[2].row(1)]
+        found = []
+        for turn in range(3):  # plain, captured, replayed
+            for number, cache in enumerate(views):
+                ids = tokens + turn + number
+                found.append(engine.step(ids, cache, last=1 + turn % 2 * 2)[0, -1])
+        caches[0].reserve(16)  # into other buffers
+        found.append(engine.step(tokens + 9, caches[0], last=3)[0, -1])
+        if engine is plain:
+            expected = found
+    np.testing.assert_array_equal(np.array(found), np.array(expected))
+
+
+def test_a_program_trains_through_the_kernels():
+    ids = torch.tensor([[5, 17, 42, 8, 91]], device=DEVICE)
+    model = build(CASE["llama"]).to(DEVICE)
+    passes = default_passes(find_recipe("fp32", logits="all"))
+    fused, _ = run_passes(capture(model), passes[: [p.name for p in passes].index("insert_kv_cache")])
+    module = training_module(fused)
+    positions = torch.arange(ids.shape[1], device=DEVICE)[None]
+    found: list[dict[str, torch.Tensor]] = []
+    for attached in (True, False):
+        model.zero_grad()
+        with ExitStack() if attached or DEVICE == "cuda" else detached():
+            loss = torch.nn.functional.cross_entropy(module(ids, positions)[0, :-1], ids[0, 1:])
+            loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert any((found[0][name] != found[1][name]).any() for name in found[0]) or DEVICE == "cuda", "other sums"
+    assert max(nmse(found[0][name], found[1][name]) for name in found[0]) < 1e-8
 
 
 @pytest.mark.gpu

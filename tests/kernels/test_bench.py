@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
@@ -68,8 +69,9 @@ def rows(bench: ModuleType) -> list:
 
 
 def test_rows_become_a_table_and_a_file(bench, tmp_path):
-    text = bench.to_text(rows(bench)).splitlines()
-    assert text[2] == (
+    text = bench.to_text(rows(bench)[0])
+    assert text.count("|") == bench.HEAD.splitlines()[0].count("|")
+    assert text == (
         "| rms_norm | 8 x 4 | bf16 | ours | 0.5000 (0.4000 - 0.6000) | 4000 GB/s | 90.0 % | 1.00 | 1e-06 | 1.5 |"
     )
     file = tmp_path / "new" / "kernels.csv"
@@ -78,6 +80,33 @@ def test_rows_become_a_table_and_a_file(bench, tmp_path):
     with file.open(newline="") as stream:
         found = list(csv.DictReader(stream))
     assert len(found) == 4 and found[1]["times_ours"] == "2" and found[0]["device"] == "H200"
+
+
+def test_what_fails_costs_nothing_else(bench, cases, monkeypatch, tmp_path):
+    """A kernel that fails, and a problem that cannot be made: the other rows are kept as soon as they are there."""
+    one = torch.ones(2)
+
+    def failing() -> None:
+        raise RuntimeError("out of registers\nmore")
+
+    def made(device: object, sizes: object) -> Iterator:
+        yield cases.Case("a", "2", 8, {"ours": lambda: one, "torch": lambda: one}, lambda: one)
+        yield cases.Case("b", "2", 8, {"ours": failing, "torch": lambda: one}, lambda: one)
+        yield cases.Case("c", "2", 8, {"ours": lambda: one}, lambda: one)
+        raise ValueError("no such shape")
+
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(bench, "milliseconds", lambda run: (1.0, 1.0, 1.0))
+    monkeypatch.setitem(bench.SUBJECTS, "made", made)
+    facts = {"when": "now", "device": "none", "versions": ""}
+    file = tmp_path / "kernels.csv"
+    limits = bench.Limits(1.0, {"bf16": 1.0})
+    failures = bench.measure_subject("made", torch.device("cpu"), limits, facts, file)
+    assert failures == ["b 2 ours: RuntimeError: out of registers", "made: ValueError: no such shape"]
+    with file.open(newline="") as stream:
+        kept = [(row["op"], row["implementation"], row["times_ours"]) for row in csv.DictReader(stream)]
+    assert kept == [("a", "ours", "1"), ("a", "torch", "1"), ("b", "torch", "nan"), ("c", "ours", "1")]
 
 
 def test_the_last_run_is_drawn(bench, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,9 @@ class TritonEngine:
         self.storage: Storage = DeviceStorage(device)
         self._device = device
         self._module: Any = compile_rest(lowered.module) if device.type == "cuda" else lowered.module
-        self._graphs = StepGraphs() if device.type == "cuda" else None
+        self._graphs = StepGraphs() if device.type == "cuda" and not lowered.uncapturable else None
+        if device.type == "cuda" and lowered.uncapturable:
+            warnings.warn(f"steps run without CUDA graphs: {lowered.uncapturable}", stacklevel=3)
 
     @torch.inference_mode()
     def step(self, tokens: np.ndarray, cache: KVCache, last: int = 1) -> np.ndarray:

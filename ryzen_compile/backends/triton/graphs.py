@@ -2,8 +2,8 @@
 
 A graph holds the addresses of what it reads and writes, so there is one for every shape of step and every set of cache
 buffers; the least recently used goes when there are many. The first step of a kind runs plainly, which compiles its
-kernels and measures their launches, and the second is captured. A model whose shapes depend on its numbers (experts
-that are chosen by counting) cannot be captured: it says so once, and runs plainly.
+kernels and measures their launches, and the second is captured. A capture that fails is not tried again, and said once;
+models that are known not to be capturable (``Lowered.uncapturable``) do not come here.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ class StepGraphs:
         """None, with a warning, where that cannot be done."""
         try:
             captured = _Captured(inputs, step, self._pool)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             self._capturable = False
-            reason = str(error).splitlines()[0]
-            warnings.warn(
-                f"steps of this model run without CUDA graphs, they cannot be captured: {reason}", stacklevel=4
-            )
+            cause = error.__context__ or error  # ending the capture fails as well, and hides what went wrong in it
+            reason = str(cause).splitlines()[0]
+            warnings.warn(f"steps run without CUDA graphs, as they cannot be captured: {reason}", stacklevel=4)
             return None
         self._pool = captured.graph.pool()
         return captured
@@ -67,7 +68,11 @@ class _Captured:
         self._inputs = [tensor.clone() for tensor in inputs]
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # The outer context restores the stream where ending the capture fails; what other threads do is their business.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             self._output = step(*self._inputs)
 
     def replay(self, inputs: Sequence[Tensor]) -> Tensor:

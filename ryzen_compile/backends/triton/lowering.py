@@ -31,6 +31,8 @@ TORCH_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 FULL = frozenset(
     {"cos", "sin", "scales", "scale", "k_scale", "v_scale", "k_mean", "codebook", "gain", "offset", "kept"}
 )
+# ATen operations that the processor has to wait for: shapes and choices that follow from numbers.
+WAITING = frozenset({"nonzero", "masked_select", "item", "_local_scalar_dense", "one_hot", "_unique2", "unique_dim"})
 LOOKUPS = (ops.embedding_nbits, ops.codebook_embedding)  # give float32
 HALF_CACHE = "fp16"  # the format of rows that an engine in half precision keeps where the Program says fp32
 
@@ -39,11 +41,12 @@ HALF_CACHE = "fp16"  # the format of rows that an engine in half precision keeps
 class Lowered:
     """``module(ids, positions, lengths, last, *caches) -> logits (B, n, V)``; ids and positions (B, T) int64, lengths
     (B,) int64 including the new tokens, caches in the order of ``slots``, keys before values. ``all_logits`` says that
-    n is T whatever ``last`` is."""
+    n is T whatever ``last`` is, ``uncapturable`` why its steps cannot be captured in CUDA graphs, if so."""
 
     module: fx.GraphModule
     slots: tuple[CacheSlot, ...]
     all_logits: bool
+    uncapturable: str
 
 
 def lower(program: Program, device: torch.device, precision: torch.dtype) -> Lowered:
@@ -93,7 +96,14 @@ class _Lowering:
             replace(slot, key_format=_format(slot.key_format, form), value_format=_format(slot.value_format, form))
             for slot in self.program.slots
         )
-        return Lowered(module, slots, self.tail is None)
+        return Lowered(module, slots, self.tail is None, self._uncapturable())
+
+    def _uncapturable(self) -> str:
+        """The first node that would have a captured step wait for the device."""
+        for node in self.graph.nodes:
+            if getattr(node.target, "_opname", "") in WAITING:
+                return f"{node.name} ({node.target}) makes the processor wait for a number"
+        return ""
 
     def _needed(self, logits: fx.Node) -> set[fx.Node]:
         """What ``logits`` is computed from, short of constants and inputs."""
@@ -130,10 +140,10 @@ class _Lowering:
         return made
 
     def _attention(self, node: fx.Node) -> fx.Node:
-        args, _ = self._arguments(node)
+        args, kwargs = self._arguments(node)
         arguments = ops.cached_attention._opoverload._schema.arguments
         filled: dict[str, Any] = {argument.name: argument.default_value for argument in arguments}
-        filled |= dict(zip(filled, args, strict=False))
+        filled |= dict(zip(filled, args, strict=False)) | kwargs
         if filled["rolling"]:
             raise UnsupportedError(
                 f"node {node.name} at {module_path(node)!r} evicts rows of its cache by itself",
@@ -181,12 +191,15 @@ class _Lowering:
         return self.graph.get_attr(self.moved[key])
 
     def _refuse_angles(self, node: fx.Node) -> None:
-        """Positions as floats have to stay exact, which half precision is not beyond 256."""
-        if not self.is_half or not is_call(node, aten._to_copy):
+        """Positions as floats have to stay exact, which half precision is not beyond 256: whatever makes floats of
+        integers alone is refused, but for lookups."""
+        is_lookup = getattr(node.target, "namespace", "") != "aten" or is_call(node, aten.embedding, aten.index)
+        if not self.is_half or is_lookup:
             return
-        came = node.args[0].meta["val"]
-        gives = node.meta["val"]
-        if gives.is_floating_point() and not came.is_floating_point():
+        given = [n.meta["val"] for n in node.all_input_nodes if n not in self.constants]
+        counts = [v for v in given if isinstance(v, Tensor) and not v.is_floating_point() and v.dtype != torch.bool]
+        makes_floats = isinstance(node.meta["val"], Tensor) and node.meta["val"].is_floating_point()
+        if makes_floats and (is_call(node, aten.arange) or (counts and len(counts) == len(given))):
             raise UnsupportedError(
                 f"node {node.name} at {module_path(node)!r} computes with positions as numbers, which half precision "
                 "cannot hold",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
@@ -27,10 +28,23 @@ def compile_rest(module: fx.GraphModule, compiler: Callable[..., Any] | None = N
     partitioner = CapabilityBasedPartitioner(module, _Pointwise(), allows_single_node_partition=False)
     parts = [p for p in partitioner.propose_partitions() if sum(map(_computes, p.nodes)) >= LEAST]
     fused = partitioner.fuse_partitions(parts, prefix="rest_")
+    made: dict[str, Any] = {}  # layers that are alike are compiled once
     for name, part in list(fused.named_children()):
-        if name.startswith("rest_"):
-            setattr(fused, name, compiler(part))
+        if name.startswith("rest_") and isinstance(part, fx.GraphModule):
+            structure = _structure(part.graph)
+            if structure not in made:
+                made[structure] = compiler(part)
+            setattr(fused, name, made[structure])
     return fused
+
+
+def _structure(graph: fx.Graph) -> str:
+    """The same for graphs that differ in names only."""
+    place = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
+    return "\n".join(
+        f"{node.op} {'' if node.op == 'placeholder' else node.target} {map_arg((node.args, node.kwargs), place.get)}"
+        for node in graph.nodes
+    )
 
 
 class _Pointwise(OperatorSupportBase):
