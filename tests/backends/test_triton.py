@@ -98,7 +98,9 @@ def test_a_plain_module_runs_as_well():
         assert model.generate([PROMPT], max_new_tokens=2)[0].tolist() == reference(program, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("settings", [{}, {"kv": "int8"}, {"kv": "int4-g16"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"kv": "int8"}, *(pytest.param(s, marks=pytest.mark.slow) for s in ({}, {"kv": "int4-g16"}))], ids=str
+)
 def test_integer_weights_and_caches_give_the_references_text(settings):
     recipe = find_recipe("int4", method="mse", **settings)
     text = torch.tensor([PROMPT * 4])
