@@ -205,8 +205,11 @@ def _slot(facts: Mapping[str, Any]) -> CacheSlot:
     for name, value in asdict(slot).items():
         if type(value) is not (str if name.endswith("_format") else int) or (isinstance(value, int) and value < 0):
             raise ValueError(f"a slot's {name} is {shown(value)}")
-    RowFormat.parse(slot.key_format).width(slot.head_dim)
-    RowFormat.parse(slot.value_format).width(slot.value_dim)
+    for name, dim in ((slot.key_format, slot.head_dim), (slot.value_format, slot.value_dim)):
+        form = RowFormat.parse(name)
+        form.width(dim)
+        if form.dtype not in ELEMENTS:
+            raise ValueError(f"{name!r} is no cache format of an artifact")
     return slot
 
 
