@@ -1,6 +1,6 @@
 # Each target does everything on a fresh machine: creates .venv, installs once, runs.
 #   make demo     export the shipped model, compare it with Hugging Face, print the measured speed-up
-#   make test     the test suite
+#   make test     the test suite, in WORKERS processes
 #   make check    ruff (lint and format) and mypy
 #   make gpu-check   tests and measurements on a GPU, at most nine minutes; with RUN=python3 in an environment of your own
 # PYTHON picks the interpreter (3.11 or newer). PIP_ARGS is passed to pip: on Linux, PyPI's torch brings CUDA with it, and
@@ -9,6 +9,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 GPU_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -19,7 +20,7 @@ demo: $(VENV)/.installed-test
 	$(RUN) examples/demo.py
 
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test
 	$(RUN) -m pytest -m slow $(PYTEST_ARGS)

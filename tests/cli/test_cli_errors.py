@@ -176,8 +176,9 @@ def test_a_closed_pipe_ends_quietly(repository):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_unwind_and_say_so(repository, tmp_path, number, status):
     code = f"""
-import pathlib, sys, time, typer
+import pathlib, signal, sys, time, typer
 from ryzen_compile import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a job in the background starts without
 app = typer.Typer()
 @app.callback()
 def root(): ...
