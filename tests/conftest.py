@@ -30,6 +30,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
 
 
+@pytest.fixture
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first candidate of each kernel, on a GPU as in the interpreter: measuring all would take most of the time,
+    and leave choices made under test in the user's cache."""
+    pytest.importorskip("triton")
+    from ryzen_compile.kernels import launch
+
+    monkeypatch.setattr(launch, "tuned", lambda kernel, key, candidates, run, device: candidates[0])
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""

@@ -30,6 +30,9 @@ from ryzen_compile.train.module import training_module
 from tests.kernels.oracle import nmse
 from tests.zoo import CASES, VOCAB, NanoDecoder, build, randomize
 
+pytestmark = pytest.mark.usefixtures("untuned")
+
+
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,6 +17,8 @@ from ryzen_compile import ops
 from ryzen_compile.errors import UnsupportedError, UsageError
 from tests.kernels.oracle import DEVICE, DTYPES, LIMITS, assert_close, guarded, nmse
 
+pytestmark = pytest.mark.usefixtures("untuned")
+
 WIDTHS = (64, 128, 256)
 SMALL = dict.fromkeys(WIDTHS, ((16, 16, 4, 2),))  # many blocks for few tokens
 
@@ -321,6 +323,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ryzen_compile.kernels import attention
+
 
 KERNEL = attention._attention_kernel
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"

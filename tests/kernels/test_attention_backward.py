@@ -18,6 +18,8 @@ from ryzen_compile.errors import UnsupportedError, UsageError
 from ryzen_compile.ops.attention_backward import attention_backward
 from tests.kernels.oracle import DEVICE, LIMITS, assert_close, guarded, nmse
 
+pytestmark = pytest.mark.usefixtures("untuned")
+
 WIDTHS = (64, 128, 256)
 SMALL = dict.fromkeys(WIDTHS, ((16, 16, 4, 2),))  # many blocks for few tokens
 TABLES = ("HALF_QUERIES", "HALF_KEYS", "SINGLE_QUERIES", "SINGLE_KEYS")
@@ -261,6 +263,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ryzen_compile.kernels import attention_backward, attention_gradients
+
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 FLOATS = ("factor", "cap", "scale")

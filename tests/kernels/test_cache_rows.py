@@ -20,6 +20,8 @@ from ryzen_compile.numerics.rows import RowFormat, encode
 from tests.kernels.oracle import DEVICE, DTYPES, assert_close, guarded
 from tests.numerics.test_rows import BORDERS, on_the_border
 
+pytestmark = pytest.mark.usefixtures("untuned")
+
 B, T, H, K, S = 2, 3, 4, 2, 9
 UNTOUCHED = 77
 
@@ -304,6 +306,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ryzen_compile.kernels import cache_rows
+
 
 KERNEL = cache_rows._cache_rows_kernel
 TENSORS = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "queries": "*bf16", "lengths": "*i64", "cos": "*fp32",

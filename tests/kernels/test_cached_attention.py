@@ -22,6 +22,8 @@ from ryzen_compile.errors import UnsupportedError, UsageError
 from ryzen_compile.numerics.rows import RowFormat, decode, encode, hadamard
 from tests.kernels.oracle import DEVICE, DTYPES, LIMITS, assert_close, guarded, nmse
 
+pytestmark = pytest.mark.usefixtures("untuned")
+
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
@@ -390,6 +392,7 @@ from ryzen_compile.kernels import cache_walk
 from ryzen_compile.kernels.cache_operands import StoredRows
 from ryzen_compile.kernels.cache_step import Side
 from ryzen_compile.numerics.rows import RowFormat
+
 
 NAMES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16"}
 

@@ -225,7 +225,7 @@ def joined(absent, known, **options):  # fused multiply-adds and flushes of subn
     constants = dict.fromkeys(absent) | known
     types = {name: "constexpr" if name in constants else TENSORS.get(name, "i32") for name in KERNEL.arg_names}
     source = ASTSource(fn=KERNEL, signature=types, constexprs=constants)
-    code = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     return len(re.findall(r"\\bfma\\.", code)), code.count(".ftz")
 
 
@@ -242,7 +242,7 @@ print(joined((), {"BITS": 4, "BLOCK": 32, "BYTES": 512}))
 
 
 def test_the_kernel_compiles_for_a_gpu_and_rounds_every_step(tmp_path):
-    """For compute capability 8.0, which needs no GPU; the third line shows what the launch's option prevents. Integers
+    """For compute capability 9.0, which needs no GPU; the third line shows what the launch's option prevents. Integers
     have no rounding that a fused multiply-add could save."""
     pytest.importorskip("triton")
     child = run(COMPILE, os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)})

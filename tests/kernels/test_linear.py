@@ -19,6 +19,8 @@ from ryzen_compile.ops.activation import ACTIVATIONS
 from ryzen_compile.ops.linear import gated_linear, linear_act, linear_nbits
 from tests.kernels.oracle import DEVICE, DTYPES, LIMITS, assert_close, guarded, nmse
 
+pytestmark = pytest.mark.usefixtures("untuned")
+
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -36,15 +38,6 @@ def few() -> ModuleType:
     from ryzen_compile.kernels import linear_few_rows
 
     return linear_few_rows
-
-
-@pytest.fixture(autouse=True)
-def _untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU as in the interpreter: measuring candidates would take the time, and tests take them one by one."""
-    pytest.importorskip("triton")
-    from ryzen_compile.kernels import launch
-
-    monkeypatch.setattr(launch, "tuned", lambda kernel, key, candidates, run, device: candidates[0])
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -292,6 +285,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ryzen_compile.kernels import linear, linear_few_rows
+
 
 TENSORS = {"scales": "*fp32", "zeros": "*u8", "bias": "*bf16", "out": "*bf16"}
 

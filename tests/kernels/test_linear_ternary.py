@@ -19,6 +19,8 @@ from ryzen_compile.numerics import ternary
 from ryzen_compile.ops.linear import linear_ternary
 from tests.kernels.oracle import DEVICE, assert_close, guarded
 
+pytestmark = pytest.mark.usefixtures("untuned")
+
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
@@ -26,15 +28,6 @@ def kernels() -> ModuleType:
     from ryzen_compile.kernels import linear_ternary
 
     return linear_ternary
-
-
-@pytest.fixture(autouse=True)
-def _untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU as in the interpreter: measuring candidates would take the time, and tests take them one by one."""
-    pytest.importorskip("triton")
-    from ryzen_compile.kernels import launch
-
-    monkeypatch.setattr(launch, "tuned", lambda kernel, key, candidates, run, device: candidates[0])
 
 
 def problem(
@@ -230,6 +223,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ryzen_compile.kernels import linear_ternary
+
 
 TENSORS = {"x": "*bf16", "codes": "*i8", "steps": "*fp32", "sums": "*i32", "scale": "*fp32", "out": "*bf16"}
 SIZES = ("row_bytes", "words", "packed_bytes", "C")

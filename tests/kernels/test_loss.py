@@ -19,6 +19,8 @@ from ryzen_compile.errors import UnsupportedError, UsageError
 from ryzen_compile.ops import loss as ops
 from tests.kernels.oracle import DEVICE, DTYPES, LIMITS, assert_close, guarded, nmse
 
+pytestmark = pytest.mark.usefixtures("untuned")
+
 IGNORED = -100
 NAN = "ignore:All-NaN slice encountered:RuntimeWarning"  # how the interpreter takes a maximum of nothing else
 Problem = tuple[Tensor, Tensor, Tensor]
@@ -336,6 +338,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ryzen_compile.kernels import loss
+
 
 
 def code(kernel, types, known, warps):

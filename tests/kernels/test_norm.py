@@ -17,6 +17,8 @@ from ryzen_compile.errors import UnsupportedError, UsageError
 from ryzen_compile.ops import norm as reference
 from tests.kernels.oracle import DEVICE, DTYPES, LIMITS, assert_close, guarded, nmse
 
+pytestmark = pytest.mark.usefixtures("untuned")
+
 EPS = 1e-5
 SHAPES = [(1, 1), (2, 5, 7), (3, 127), (2, 129), (1023,), (300, 3)]  # the last: more rows than a program of 256 takes
 
@@ -360,6 +362,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ryzen_compile.kernels import norm, norm_backward
+
 
 SUMS = {"means": "*fp32", "rstds": "*fp32", "parts": "*fp32", "eps": "fp32"}
 NUMBERS = {"rows": "i32", "C": "i32", "count": "i32"}
