@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from ryzen_compile.cli import bench, doctor, env, explain, export, generate, passes, recipes, tune
+from ryzen_compile.cli import bench, doctor, env, explain, export, generate, passes, recipes, train, tune
 from ryzen_compile.cli import eval as evaluation
 from ryzen_compile.cli.failure import INTERRUPTED, PIPE_CLOSED, TERMINATED, Failure, describe, show_warning
 
@@ -32,6 +32,7 @@ COMMANDS = (
     bench.bench,
     evaluation.eval,
     tune.tune,
+    train.train,
     explain.explain,
     passes.passes,
     recipes.recipes,

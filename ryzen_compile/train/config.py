@@ -1,0 +1,413 @@
+"""What a training run is asked for: one tree of settings, frozen, in which unknown keys are refused by name.
+
+It is read from YAML; single settings can be replaced by ``a.b=value`` (``--set`` of the command line). The whole tree
+as a JSON Schema is ``json_schema()``, which editors complete from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ryzen_compile.config import Bits, Block
+from ryzen_compile.errors import ConfigError
+from ryzen_compile.manifest import shown, shown_path
+
+Mode = Literal["test", "baseline", "optimized"]
+MODES: tuple[Mode, ...] = ("test", "baseline", "optimized")
+COMPONENTS = ("qat", "ternary", "dkm", "lora", "distill")
+LEVERS = ("precision", "loss", "compile", "optimizer")
+MAX_CONFIG_BYTES = 1 << 20
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A group of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NewTokenizer(Section):
+    """A byte-level BPE of ``vocab`` tokens, trained on the training text; ``end`` closes each document."""
+
+    vocab: int = Field(ge=257, le=1 << 20)
+    end: str = Field(default="<|endoftext|>", min_length=1)
+
+
+class ModelSettings(Section):
+    """What is trained: an existing model (``path``, a directory or hub id) or a new one of ``architecture``.
+
+    ``architecture`` is a transformers configuration, ``model_type`` and its fields; vocabulary and special tokens that
+    it leaves out are the tokenizer's. ``tokenizer`` is a directory or hub id, or a new one to train; the model's own if
+    it has a ``path``.
+    """
+
+    path: str | None = None
+    architecture: Mapping[str, Any] | None = None
+    tokenizer: str | NewTokenizer | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ModelSettings:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("expected either a path or an architecture")
+        if self.architecture is not None and "model_type" not in self.architecture:
+            raise ValueError("architecture: expected a model_type, such as llama")
+        if self.architecture is not None and self.tokenizer is None:
+            raise ValueError("a new model needs a tokenizer: a path, or {vocab: N} for a new one")
+        return self
+
+
+class TextSource(Section):
+    """Documents: a file or directory (``path``), or a named dataset (``dataset``, needs the library datasets).
+
+    ``path`` is .txt (one document), .jsonl or .parquet (one a record, its ``column``), or a directory, of which every
+    file that ``include`` matches is read, in the order of its names, hidden ones and those that are not UTF-8 excepted;
+    "python-stdlib" is the library of the Python that runs. ``exclude`` are patterns for files or folders to leave out.
+    Patterns are for a name below the directory ("test/*.py") or its last part. Documents with fewer than
+    ``min_characters`` or more than ``max_characters`` are left out as well, and those of nothing but white space.
+    """
+
+    path: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    column: str = "text"
+    include: tuple[str, ...] = ("*.txt", "*.md", "*.py", "*.jsonl", "*.parquet")
+    exclude: tuple[str, ...] = ()
+    min_characters: int = Field(default=1, ge=1)
+    max_characters: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TextSource:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("expected either a path or a dataset")
+        return self
+
+
+class DataSettings(Section):
+    """Text, cut into rows of ``length`` tokens without padding: documents follow each other, each closed by the end
+    token.
+
+    What is validated on is ``validation``, a source of its own, or the documents of ``train`` whose names match
+    ``hold_out`` (each pattern has to match one; a file's third record is "data.jsonl:3"); without either, every
+    ``1 / validation_share``-th document, at least one. ``validation_tokens`` bounds it.
+    """
+
+    train: TextSource
+    validation: TextSource | None = None
+    hold_out: tuple[str, ...] = ()
+    validation_share: float = Field(default=0.02, gt=0, le=0.5)
+    length: int = Field(default=1024, ge=2)
+    validation_tokens: int | None = Field(default=None, ge=2)
+
+    @model_validator(mode="after")
+    def _one_to_validate_on(self) -> DataSettings:
+        if self.validation is not None and self.hold_out:
+            raise ValueError("validation and hold_out both say what is validated on: expected one")
+        return self
+
+
+class OptimizationSettings(Section):
+    """``optimizer`` "adamw", or "muon": orthogonalised updates for hidden matrices, AdamW for the rest (Jordan et al.,
+    2024). ``batch`` rows at a time in each process, gradients of ``accumulate`` such batches make a step; how long is
+    said by exactly one of ``tokens``, ``epochs``, ``steps``. ``clip`` bounds the gradient's norm, 0 does not."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(default=3e-4, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    clip: float = Field(default=1.0, ge=0)
+    batch: int = Field(default=4, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    tokens: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> OptimizationSettings:
+        if sum(value is not None for value in (self.tokens, self.epochs, self.steps)) != 1:
+            raise ValueError("expected exactly one of tokens, epochs and steps")
+        return self
+
+
+class ScheduleSettings(Section):
+    """The learning rate: ``warmup`` steps of rise, then by ``kind`` to ``last`` (a share of the peak).
+
+    "wsd" (warm-up, stable, decay) stays at the peak and falls in the last ``decay`` of the run.
+    """
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup: int = Field(default=100, ge=0)
+    last: Share = 0.05
+    decay: float = Field(default=0.2, gt=0, le=1)
+
+
+class PrecisionSettings(Section):
+    """What products are computed in, in mode "optimized"; master weights and optimizer stay float32. "auto" is bf16
+    where the processor has instructions for it, else fp32. ``compile`` "auto" is yes where a compiler is found."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: Literal["auto"] | bool = "auto"
+    linear_cross_entropy: bool = True
+
+
+class QatSettings(Section):
+    """Weights rounded as the export rounds them (to nearest, in blocks), gradients passed straight through.
+
+    ``bits`` are stages, widest first: the controller moves on when the loss has settled. ``head_bits`` is for the
+    output head and a table tied to it. ``start`` is the share of the run at which it begins.
+    """
+
+    bits: tuple[Bits, ...] = (4,)
+    block: Block = 128
+    symmetric: bool = True
+    head_bits: Bits | None = 8
+    start: Share = 0.0
+
+    @model_validator(mode="after")
+    def _stages_narrow(self) -> QatSettings:
+        if not self.bits or list(self.bits) != sorted(set(self.bits), reverse=True):
+            raise ValueError(f"bits: expected stages, widest first, got {list(self.bits)}")
+        return self
+
+
+class TernarySettings(Section):
+    """Linears of -1, 0 and +1 times their mean magnitude, activations of 8 bits a row (BitNet b1.58, Ma et al., 2024);
+    head and table stay as they are."""
+
+    start: Share = 0.0
+
+
+class DkmSettings(Section):
+    """The table of tokens, softly clustered by differentiable k-means: ``bits`` a code of ``cluster_dim`` weights.
+
+    ``temperatures``, first and last, are in units of a vector's mean squared error at the start.
+    """
+
+    bits: int = Field(default=8, ge=1, le=8)
+    cluster_dim: Literal[1, 2, 4, 8] = 2
+    temperatures: tuple[float, float] = (1.0, 0.05)
+    start: Share = 0.0
+
+
+class LoraSettings(Section):
+    """Low-rank updates of the linears whose names match ``targets``, all of them by default, by the library peft;
+    everything else is frozen, and the updates are merged at the end."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | None = None
+
+
+class DistillSettings(Section):
+    """``weight`` of the loss is the divergence from a ``teacher``'s predictions (a directory or hub id of a model with
+    the same tokenizer), the rest is the text's; both at ``temperature`` (Hinton et al., 2015)."""
+
+    teacher: str
+    weight: Share = 0.5
+    temperature: float = Field(default=1.0, gt=0)
+
+
+class PassSettings(Section):
+    """What is trained in the loop, each by its settings; none is off."""
+
+    qat: QatSettings | None = None
+    ternary: TernarySettings | None = None
+    dkm: DkmSettings | None = None
+    lora: LoraSettings | None = None
+    distill: DistillSettings | None = None
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> PassSettings:
+        if self.qat is not None and self.ternary is not None:
+            raise ValueError("qat and ternary both round the linears: expected one")
+        if self.lora is not None and self.ternary is not None:
+            raise ValueError("lora trains a frozen model, ternary weights have to move: expected one")
+        return self
+
+
+class ControllerSettings(Section):
+    """The controller acts at the end of each epoch of ``every`` steps (0: a pass over the text).
+
+    It turns a component off when the validation loss rises by more than ``loss_rise`` nats over its lowest while it is
+    on, and a lever when a step takes ``slowdown`` times as long with it as without. ``adapt`` lets it change their
+    parameters. ``ablate`` measures each component's share by switching it off.
+    """
+
+    enabled: bool = True
+    every: int = Field(default=0, ge=0)
+    loss_rise: float = Field(default=0.5, gt=0)
+    slowdown: float = Field(default=1.1, gt=1)
+    adapt: bool = True
+    ablate: bool = True
+
+
+class MetricsSettings(Section):
+    """``every`` steps a record is written, and of the first step and one that is not finite. Anomalies are flagged
+    against the last ``window`` records. ``trackers`` get the same numbers. ``export`` measures the exported model (time
+    to the first token, decode speed) at the end of each epoch of the controller."""
+
+    every: int = Field(default=1, ge=1)
+    window: int = Field(default=50, ge=5)
+    trackers: tuple[Literal["tensorboard", "trackio"], ...] = ()
+    export: bool = False
+    samples: tuple[str, ...] = ()
+    sample_tokens: int = Field(default=64, ge=1)
+
+
+class CheckpointSettings(Section):
+    """Every ``every`` steps (0: at the end of the run only) all that is needed to go on; the last ``keep`` stay, and
+    the one with the lowest validation loss with ``best``."""
+
+    every: int = Field(default=500, ge=0)
+    keep: int = Field(default=2, ge=1)
+    best: bool = True
+
+
+class ValidationSettings(Section):
+    """Every ``every`` steps the loss on the validation text (0: at the end of the run only)."""
+
+    every: int = Field(default=500, ge=0)
+
+
+class EarlyStopping(Section):
+    """Stops when ``patience`` validations in turn were no better than the lowest loss by ``least`` nats."""
+
+    patience: int = Field(default=3, ge=1)
+    least: float = Field(default=0.0, ge=0)
+
+
+class TrainConfig(Section):
+    """A training run; everything it writes goes below ``output``."""
+
+    output: str
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
+    model: ModelSettings
+    data: DataSettings
+    optimization: OptimizationSettings
+    schedule: ScheduleSettings = ScheduleSettings()
+    precision: PrecisionSettings = PrecisionSettings()
+    passes: PassSettings = PassSettings()
+    controller: ControllerSettings = ControllerSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    validation: ValidationSettings = ValidationSettings()
+    early_stopping: EarlyStopping | None = None
+    save_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+
+def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
+    """The configuration in the YAML file ``path``, with ``changes`` ("optimization.lr=1e-3") applied in their order.
+
+    Raises ``ConfigError`` that names the file, the setting, what was expected and what came.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes()[: MAX_CONFIG_BYTES + 1]
+    except OSError as error:
+        raise ConfigError(f"configuration {shown_path(path)} cannot be read: {error.strerror}") from error
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"configuration {shown_path(path)} is larger than {MAX_CONFIG_BYTES} bytes")
+    try:
+        tree = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader that reads 1e-3 as a number
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"configuration {shown_path(path)} is no YAML: {shown(reason)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"configuration {shown_path(path)} holds a {type(tree).__name__}, expected settings")
+    for change in changes:
+        _replace(tree, change)
+    return parse_config(tree, shown_path(path))
+
+
+def parse_config(tree: Mapping[str, Any], name: str = "configuration") -> TrainConfig:
+    """Settings as a mapping, checked. Raises ``ConfigError``."""
+    try:
+        return TrainConfig(**tree)
+    except ValidationError as error:
+        raise ConfigError(_fault(error, name)) from error
+    except TypeError as error:  # a key that is no text
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of the whole tree."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TrainConfig.model_json_schema()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes ``1e-3`` for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _replace(tree: dict[str, Any], change: str) -> None:
+    """Applies one ``a.b=value``; the value is read as YAML."""
+    path, equals, text = change.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{change!r}: expected a.b=value", hint="for example optimization.lr=1e-3")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 - see read_config
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{change!r}: {shown(text)} is no YAML value") from error
+    place = tree
+    for key in keys[:-1]:
+        inner = place.get(key)
+        if inner is None:
+            inner = place[key] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{change!r}: {key} holds {shown(inner)}, expected settings")
+        place = inner
+    place[keys[-1]] = value
+
+
+def _fault(error: ValidationError, name: str) -> str:
+    """The first complaint in one line, with the nearest name for one that is unknown."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = get_close_matches(str(first["loc"][-1]), _known(first["loc"][:-1]), n=1)
+        return f"{name}: {where}: there is no such setting" + (f", the nearest is {near[0]!r}" if near else "")
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if first["type"] in ("value_error", "missing") else f", got {shown(first['input'])}"
+    return f"{name}: {where + ': ' if where else ''}{message}{got}"
+
+
+def _known(path: Sequence[int | str]) -> list[str]:
+    """The settings of the section at ``path``."""
+    section: type[BaseModel] = TrainConfig
+    for key in path:
+        field = section.model_fields.get(str(key))
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        section = inner[0] if inner else section
+    return list(section.model_fields)
+
+
+# What may change between a run and its continuation: it decides what is written down, not what is computed.
+FREE_SETTINGS = ("output", "metrics", "checkpoint", "save_dtype")
+
+
+def changed_settings(before: Mapping[str, Any], now: TrainConfig) -> list[str]:
+    """What of ``before``, a dumped configuration, is different in ``now`` and would make it another run."""
+    return list(_differences(before, now.model_dump(mode="json"), ""))
+
+
+def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys((*before, *now)):
+            if path or key not in FREE_SETTINGS:
+                yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif before != now:
+        yield f"{path} was {shown(before)}, now {shown(now)}"

@@ -1,0 +1,1 @@
+"""What joins training, exporting and measuring into runs that a configuration describes."""

@@ -1,0 +1,183 @@
+"""A training run from its configuration to a saved model: what ``ryzen-compile train`` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ryzen_compile.errors import ConfigError
+from ryzen_compile.train.config import Mode, TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ryzen_compile.train.component import Component
+    from ryzen_compile.train.loop import TrainingResult, Watcher
+    from ryzen_compile.train.objective import Levers, Objective
+    from ryzen_compile.train.plan import Rows
+
+MODEL = "model"  # the folder of the trained model, below that of the run
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """``directory`` holds the model, checkpoints and metrics of the run; ``result`` says how it went."""
+
+    directory: Path
+    mode: Mode
+    result: TrainingResult
+
+    def summary(self) -> dict[str, Any]:
+        """What is printed and reported of it, JSON."""
+        result = self.result
+        return {
+            "mode": self.mode,
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "train_loss": result.train_loss,
+            "validation_loss": result.validation.loss,
+            "validation_accuracy": result.validation.accuracy,
+            "tokens_per_second": result.tokens_per_second,
+            "seconds": result.seconds,
+            "stopped": result.stopped,
+            "model": str(self.directory / MODEL),
+        }
+
+
+def train(
+    config: TrainConfig, mode: Mode = "optimized", *, resume: bool = False, watcher: Watcher | None = None
+) -> FinishedRun:
+    """Trains as ``config`` says, below ``config.output``/``mode``.
+
+    Mode "optimized" uses every lever that works here, "baseline" none (eager float32), "test" a few steps of the
+    optimized run on a little text, to see whether everything is there. Run under torchrun or accelerate launch it
+    shares the work. Raises an error of :mod:`ryzen_compile.errors`.
+    """
+    import torch
+
+    from ryzen_compile.train.controller import Controller
+    from ryzen_compile.train.loop import Trainer
+    from ryzen_compile.train.metrics import MetricsCollector
+    from ryzen_compile.train.model import prepare_model, save_model
+    from ryzen_compile.train.objective import Objective
+    from ryzen_compile.train.optimizer import hidden_matrices, make_optimizers
+    from ryzen_compile.train.plan import make_plan
+
+    accelerator = _accelerator(config, mode)
+    directory = Path(config.output) / mode
+    if accelerator.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    tokenizer, rows = prepare_text(config, watcher)
+    plan = make_plan(config, mode, rows, accelerator.num_processes)
+    model = prepare_model(config.model, tokenizer, config.seed).to(accelerator.device)
+    hidden = hidden_matrices(model)
+    objective = Objective(model, _levers(config, mode, accelerator.device))
+    objective.levers = checked_levers(objective, rows.train[:1].long().to(accelerator.device), watcher)
+    controller = Controller(_components(config, objective, tokenizer), model)
+    extra = [parameter for _, own in controller.own_parameters() for parameter in own]
+    optimizers = make_optimizers(model, hidden, extra, config.optimization, fused=mode != "baseline")
+    collector = MetricsCollector(directory, config.metrics) if accelerator.is_main_process else None
+    trainer = Trainer(
+        config,
+        mode,
+        objective,
+        optimizers,
+        controller,
+        rows,
+        plan,
+        directory,
+        accelerator=accelerator,
+        collector=collector,
+        watcher=watcher if accelerator.is_main_process else None,
+    )
+    finished = FinishedRun(directory, mode, trainer.fit(resume=resume))
+    if accelerator.is_main_process:
+        for component in controller.components:
+            component.detach(model)
+        save_model(model, tokenizer, directory / MODEL, config.save_dtype, {})
+        if collector is not None:
+            collector.finish(finished.summary())
+    accelerator.wait_for_everyone()
+    return finished
+
+
+def prepare_text(config: TrainConfig, watcher: Watcher | None = None) -> tuple[PreTrainedTokenizerBase, Rows]:
+    """Reads, tokenizes and packs the text of ``config``. Raises ``ConfigError`` where there is too little of it."""
+    from ryzen_compile.train.documents import read_corpus
+    from ryzen_compile.train.model import prepare_tokenizer
+    from ryzen_compile.train.packing import pack
+    from ryzen_compile.train.plan import Rows
+
+    corpus = read_corpus(config.data)
+    tokenizer = prepare_tokenizer(config.model, [document.text for document in corpus.train])
+    length = config.data.length
+    rows = Rows(
+        pack([document.text for document in corpus.train], tokenizer, length),
+        pack([document.text for document in corpus.validation], tokenizer, length),
+    )
+    _tell(
+        watcher,
+        f"{len(corpus.train)} documents, {len(rows.train) * length:,} tokens to train on, "
+        f"{len(rows.validation) * length:,} to validate on",
+    )
+    return tokenizer, rows
+
+
+def checked_levers(objective: Objective, rows: torch.Tensor, watcher: Watcher | None = None) -> Levers:
+    """The objective's levers less those that do not work here, each with a word to ``watcher``.
+
+    ``rows`` (1, T + 1) are some to try on.
+    """
+    from ryzen_compile.train.objective import compiler_works
+
+    levers = objective.levers
+    if levers.linear_cross_entropy and not objective.logits_are_a_product(rows):
+        _tell(watcher, "loss without logits: off, the model's logits are more than its head's product")
+        levers = replace(levers, linear_cross_entropy=False)
+    if levers.compiled and (reason := compiler_works()):
+        _tell(watcher, f"compiled code: off, {reason}")
+        levers = replace(levers, compiled=False)
+    return levers
+
+
+def _levers(config: TrainConfig, mode: Mode, device: torch.device) -> Levers:
+    import torch
+
+    from ryzen_compile.train.objective import Levers, fast_half
+
+    if mode == "baseline":
+        return Levers()
+    wanted = config.precision.dtype
+    if wanted == "auto":
+        wanted = "bf16" if fast_half(device) else "fp32"
+    if wanted == "fp16" and device.type == "cpu":
+        raise ConfigError("precision.dtype fp16 needs a GPU", hint="use bf16 or fp32 on a CPU")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+    compiled = config.precision.compile is not False and mode != "test"
+    return Levers(dtype, config.precision.linear_cross_entropy, compiled)
+
+
+def _accelerator(config: TrainConfig, mode: Mode) -> Any:
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ImportError as error:
+        raise ConfigError(
+            "training needs the library accelerate", hint="pip install 'ryzen-compile[train]'"
+        ) from error
+    fp16 = mode != "baseline" and config.precision.dtype == "fp16"
+    # What a component computes with depends on whether it is on: not every parameter has a gradient in every step.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=config.passes != type(config.passes)())
+    return Accelerator(mixed_precision="fp16" if fp16 else "no", kwargs_handlers=[unused])
+
+
+def _components(config: TrainConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> list[Component]:
+    return []
+
+
+def _tell(watcher: Watcher | None, text: str) -> None:
+    if watcher is not None:
+        watcher.event(text)
