@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ryzen_compile.backends import get_backend
 from ryzen_compile.calibration import Calibration, read_calibration
-from ryzen_compile.config import DEFAULT_RECIPE, EmbeddingCompression, KVCacheConfig, Recipe, find_recipe
+from ryzen_compile.config import EmbeddingCompression, KVCacheConfig, Recipe, find_recipe
 from ryzen_compile.errors import ArtifactError, RyzenCompileError, UnsupportedError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME
+from ryzen_compile.recipe_file import recipe_for
 from ryzen_compile.runtime.compiled import CompiledModel
 from ryzen_compile.runtime.engine import Engine
 from ryzen_compile.text import BUILTIN
@@ -49,7 +50,7 @@ class Source:
 
 def optimize(
     model: nn.Module | str | os.PathLike[str],
-    recipe: str | Recipe = DEFAULT_RECIPE,
+    recipe: str | Recipe | None = None,
     *,
     backend: str = "onnxruntime",
     context: int | None = None,
@@ -76,7 +77,8 @@ def optimize(
     """Captures ``model``, rewrites it pass by pass, and returns it compiled for ``backend``.
 
     ``model`` is a transformers causal LM, a plain decoder ``forward(input_ids (B, T)) -> logits (B, T, V)``, or the
-    path or hub id of one. ``recipe`` is a name or a :class:`Recipe`; ``context``, ``logits`` ("last" or "all"),
+    path or hub id of one. ``recipe`` is a name or a :class:`Recipe`, by default the one that a model directory of a
+    training run holds, else "int4"; ``context``, ``logits`` ("last" or "all"),
     ``prefill`` ("shared" or "int8"), ``kv`` (how keys and values are cached: "int8", "int4", "auto", or a
     :class:`KVCacheConfig`), ``window`` and ``sinks`` (endless streams in a cache of constant size), ``target_bits``
     (mixed precision: stored bits per weight) and ``overrides`` (regular expression over weight names -> ``{"bits": 8}``
@@ -92,7 +94,7 @@ def optimize(
     The model is left as it was. Raises an error of :mod:`ryzen_compile.errors`.
     """
     chosen = find_recipe(
-        recipe,
+        recipe_for(model) if recipe is None else recipe,
         context=context,
         logits=logits,
         prefill=prefill,
@@ -158,7 +160,7 @@ def optimize(
 def export(
     model: nn.Module | str | os.PathLike[str],
     out: str | os.PathLike[str],
-    recipe: str | Recipe = DEFAULT_RECIPE,
+    recipe: str | Recipe | None = None,
     *,
     context: int | None = None,
     logits: str | None = None,
@@ -186,7 +188,7 @@ def export(
     target = Path(out)
     _refuse_target(target, model, force)
     chosen = find_recipe(
-        recipe,
+        recipe_for(model) if recipe is None else recipe,
         context=context,
         logits=logits,
         prefill=prefill,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ryzen_compile.cli import output
-from ryzen_compile.cli.defaults import DEFAULT_RECIPE
+from ryzen_compile.cli.defaults import RECIPE_USED
 from ryzen_compile.cli.failure import printable
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def bench(
     ] = None,
     draft: Annotated[Path | None, typer.Option(help="sg tests: the artifact that drafts as draft_model.")] = None,
     early_exit: Annotated[int | None, typer.Option(min=1, help="sg tests: layers of early_exit.")] = None,
-    recipe: Annotated[str, typer.Option(help="Recipe, when TARGET is no artifact.")] = DEFAULT_RECIPE,
+    recipe: Annotated[
+        str | None, typer.Option(help=f"Recipe, when TARGET is no artifact; default: {RECIPE_USED}.")
+    ] = None,
     native: output.NativeFlag = None,
     form: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
     seed: Annotated[int, typer.Option(help="Of the random ids and weights.")] = 0,
@@ -172,7 +174,7 @@ def _open(
     target: str | None,
     shape: str | None,
     names: list[str],
-    recipe: str,
+    recipe: str | None,
     asked: int | None,
     threads: int,
     seed: int,
@@ -186,6 +188,7 @@ def _open(
     from ryzen_compile.config import find_recipe
     from ryzen_compile.errors import UsageError
     from ryzen_compile.manifest import MANIFEST_NAME
+    from ryzen_compile.recipe_file import recipe_for
 
     unknown = set(names) - {"onnxruntime", "hf", "eager"}
     if unknown:
@@ -202,7 +205,7 @@ def _open(
             if artifact is None:
                 artifact = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "artifact"
                 # A shape's weights are random: a search would gain nothing, and its format is what decides the speed.
-                chosen = find_recipe(recipe)
+                chosen = find_recipe(recipe_for(target) if recipe is None else recipe)
                 chosen = find_recipe(chosen, method="rtn") if shape and chosen.weights else chosen
                 export(model if shape else target or "", artifact, chosen, verify=False)
             opened.artifact, opened.compiled = artifact, _load(stack, artifact, asked, native)

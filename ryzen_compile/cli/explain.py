@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from ryzen_compile.cli import output
-from ryzen_compile.cli.defaults import DEFAULT_RECIPE
+from ryzen_compile.cli.defaults import RECIPE_USED
 from ryzen_compile.cli.failure import printable
 
 
 def explain(
     target: Annotated[str, typer.Argument(help="An artifact directory, a model directory or a hub id.")],
-    recipe: Annotated[str, typer.Option(help="Recipe, when TARGET is a model.")] = DEFAULT_RECIPE,
+    recipe: Annotated[str | None, typer.Option(help=f"Recipe, when TARGET is a model; default: {RECIPE_USED}.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: output.JsonFlag = False,
@@ -43,8 +43,9 @@ def explain(
     from ryzen_compile.cli.narrate import narrated
     from ryzen_compile.config import find_recipe
     from ryzen_compile.pipeline import default_passes
+    from ryzen_compile.recipe_file import recipe_for
 
-    chosen = find_recipe(recipe)
+    chosen = find_recipe(recipe_for(target) if recipe is None else recipe)
     with narrated(len(default_passes(chosen)), quiet=quiet or as_json) as progress:
         source = read_source(target, progress=progress)
         _, report = rewrite(

@@ -8,13 +8,16 @@ from typing import Annotated
 import typer
 
 from ryzen_compile.cli import output
-from ryzen_compile.cli.defaults import DEFAULT_RECIPE
+from ryzen_compile.cli.defaults import RECIPE_USED
 
 
 def export(
     model: Annotated[str, typer.Argument(help="Model directory or hub id (safetensors).")],
     out: Annotated[Path, typer.Argument(help="Directory to create.")],
-    recipe: Annotated[str, typer.Option(help="How to optimize: see `ryzen-compile recipes`.")] = DEFAULT_RECIPE,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help=f"How to optimize, see `ryzen-compile recipes`; default: {RECIPE_USED}."),
+    ] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Positions to make it for; default: the model's.")] = None,
     logits: Annotated[str | None, typer.Option(help="'last' (generation) or 'all' (scoring text).")] = None,
     target_bits: Annotated[
@@ -62,10 +65,11 @@ def export(
     from ryzen_compile.cli.narrate import narrated
     from ryzen_compile.config import embedding_settings, find_recipe, parse_overrides
     from ryzen_compile.pipeline import default_passes
+    from ryzen_compile.recipe_file import recipe_for
     from ryzen_compile.validate.table import human_size
 
     chosen = find_recipe(
-        recipe,
+        recipe_for(model) if recipe is None else recipe,
         context=context,
         logits=logits,
         prefill=prefill,

@@ -31,7 +31,9 @@ def train(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace one setting; may be repeated.")
     ] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of configurations, and stop.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of configurations, and stop.")
+    ] = False,
     as_json: output.JsonFlag = False,
 ) -> None:
     """Train a model, with quantization, distillation or compressed tables in the loop."""

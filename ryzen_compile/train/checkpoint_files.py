@@ -119,7 +119,7 @@ def _storable(tensors: Mapping[str, Tensor], part: str) -> tuple[dict[str, Tenso
         _refuse_unless_storable(name, tensor, part)
         flags = (tensor.is_conj(), tensor.is_neg())
         view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), flags)
-        if tensor.numel() and view in first:
+        if view in first:
             aliases[name] = first[view]
             continue
         first[view] = name

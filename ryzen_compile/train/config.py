@@ -24,13 +24,16 @@ MODES: tuple[Mode, ...] = ("test", "baseline", "optimized")
 COMPONENTS = ("qat", "ternary", "dkm", "lora", "distill")
 LEVERS = ("precision", "loss", "compile", "optimizer")
 MAX_CONFIG_BYTES = 1 << 20
+MAX_VALUES = 100_000  # with references spelled out, which a few lines of YAML can make 10^9
 Share = Annotated[float, Field(ge=0, le=1)]
+CodeBits = Annotated[int, Field(ge=1, le=8)]
+Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 class Section(BaseModel):
     """A group of settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class NewTokenizer(Section):
@@ -187,13 +190,22 @@ class TernarySettings(Section):
 class DkmSettings(Section):
     """The table of tokens, softly clustered by differentiable k-means: ``bits`` a code of ``cluster_dim`` weights.
 
-    ``temperatures``, first and last, are in units of a vector's mean squared error at the start.
+    ``bits`` are stages, widest first, as those of qat are. ``temperatures``, first and last, are in units of a vector's
+    mean squared error when clusters began; they fall until the end of the run.
     """
 
-    bits: int = Field(default=8, ge=1, le=8)
+    bits: tuple[CodeBits, ...] = (8,)
     cluster_dim: Literal[1, 2, 4, 8] = 2
-    temperatures: tuple[float, float] = (1.0, 0.05)
+    temperatures: tuple[Temperature, Temperature] = (1.0, 0.05)
     start: Share = 0.0
+
+    @model_validator(mode="after")
+    def _fall(self) -> DkmSettings:
+        if not self.bits or list(self.bits) != sorted(set(self.bits), reverse=True):
+            raise ValueError(f"bits: expected stages, widest first, got {list(self.bits)}")
+        if self.temperatures[0] < self.temperatures[1]:
+            raise ValueError(f"temperatures: expected the first to be the higher, got {list(self.temperatures)}")
+        return self
 
 
 class LoraSettings(Section):
@@ -208,11 +220,17 @@ class LoraSettings(Section):
 
 class DistillSettings(Section):
     """``weight`` of the loss is the divergence from a ``teacher``'s predictions (a directory or hub id of a model with
-    the same tokenizer), the rest is the text's; both at ``temperature`` (Hinton et al., 2015)."""
+    the same tokenizer), the rest is the text's; both at ``temperature`` (Hinton et al., 2015).
+
+    The model may then draft for its teacher: ``draft_cost`` is the seconds of one of its steps over one of the
+    teacher's, by default the share of parameters.
+    """
 
     teacher: str
     weight: Share = 0.5
     temperature: float = Field(default=1.0, gt=0)
+    start: Share = 0.0
+    draft_cost: float | None = Field(default=None, gt=0)
 
 
 class PassSettings(Section):
@@ -236,15 +254,20 @@ class PassSettings(Section):
 class ControllerSettings(Section):
     """The controller acts at the end of each epoch of ``every`` steps (0: a pass over the text).
 
-    It turns a component off when the validation loss rises by more than ``loss_rise`` nats over its lowest while it is
-    on, and a lever when a step takes ``slowdown`` times as long with it as without. ``adapt`` lets it change their
-    parameters. ``ablate`` measures each component's share by switching it off.
+    It undoes its last change to a component (a narrower stage, or turning it on) when the validation loss is more than
+    ``loss_rise`` nats over its lowest, twice in a row. It turns a lever off when a step takes ``slowdown`` times as
+    long with it as without and the run will be over ``worth`` seconds sooner: times differ from run to run, so that
+    the next one may not repeat this one to the bit. ``adapt`` lets it change parameters: a component goes to its next
+    stage once the losses of two epochs differ by less than ``settled`` nats. ``ablate`` measures each component's share
+    by switching it off. Without ``enabled`` components are turned on at their start, nothing else.
     """
 
     enabled: bool = True
     every: int = Field(default=0, ge=0)
     loss_rise: float = Field(default=0.5, gt=0)
     slowdown: float = Field(default=1.1, gt=1)
+    worth: float = Field(default=60.0, ge=0)
+    settled: float = Field(default=0.02, gt=0)
     adapt: bool = True
     ablate: bool = True
 
@@ -316,8 +339,8 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
     if len(text) > MAX_CONFIG_BYTES:
         raise ConfigError(f"configuration {shown_path(path)} is larger than {MAX_CONFIG_BYTES} bytes")
     try:
-        tree = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader that reads 1e-3 as a number
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = _load(text)
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"configuration {shown_path(path)} is no YAML: {shown(reason)}") from error
     if not isinstance(tree, dict):
@@ -343,7 +366,15 @@ def json_schema() -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes ``1e-3`` for text."""
+    """YAML 1.1 takes ``1e-3`` for text, and of a key that is given twice the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -351,15 +382,32 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _load(text: bytes | str) -> Any:
+    """What YAML says. Raises ``YAMLError`` and ``ValueError`` (a date that is none, an endless tree)."""
+    try:
+        tree = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    found, places = 0, [tree]
+    while places:
+        place = places.pop()
+        found += 1
+        if found > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES} values, references spelled out")
+        if isinstance(place, (dict, list)):
+            places += place.values() if isinstance(place, dict) else place
+    return tree
+
+
 def _replace(tree: dict[str, Any], change: str) -> None:
     """Applies one ``a.b=value``; the value is read as YAML."""
     path, equals, text = change.partition("=")
-    keys = path.strip().split(".")
+    keys = [key.strip() for key in path.split(".")]
     if not equals or not all(keys):
         raise ConfigError(f"{change!r}: expected a.b=value", hint="for example optimization.lr=1e-3")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - see read_config
-    except yaml.YAMLError as error:
+        value = _load(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{change!r}: {shown(text)} is no YAML value") from error
     place = tree
     for key in keys[:-1]:
@@ -373,9 +421,12 @@ def _replace(tree: dict[str, Any], change: str) -> None:
 
 
 def _fault(error: ValidationError, name: str) -> str:
-    """The first complaint in one line, with the nearest name for one that is unknown."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    """One complaint in one line: a name that is unknown, with the nearest one, or else a value that cannot be.
+
+    Of the kinds that a setting may have, the one that fits furthest is meant.
+    """
+    first = max(error.errors(), key=lambda fault: (fault["type"] == "extra_forbidden", len(fault["loc"])))
+    where = ".".join(str(part) for part in first["loc"] if part not in ("str", NewTokenizer.__name__))
     if first["type"] == "extra_forbidden":
         near = get_close_matches(str(first["loc"][-1]), _known(first["loc"][:-1]), n=1)
         return f"{name}: {where}: there is no such setting" + (f", the nearest is {near[0]!r}" if near else "")
@@ -410,4 +461,8 @@ def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
             if path or key not in FREE_SETTINGS:
                 yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
     elif before != now:
-        yield f"{path} was {shown(before)}, now {shown(now)}"
+        yield f"{path} was {_plain(before)}, now {_plain(now)}"
+
+
+def _plain(value: Any) -> str:
+    return shown(value) if isinstance(value, str) else shown(value)[1:-1]

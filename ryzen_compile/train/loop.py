@@ -1,9 +1,9 @@
 """The training loop: steps, validations, checkpoints, and what is told of them.
 
 It decides nothing about the model. What is minimised is the ``Objective``, what else is trained or switched is the
-``Controller``'s, where devices and processes are concerned Accelerate knows. A step depends on the weights, the
-optimizers, the generators' states and its number alone, so a run that was killed goes on from a checkpoint as if it had
-never stopped: bit for bit on a CPU.
+``OptimizationController``'s, where devices and processes are concerned Accelerate knows. A step depends on the weights,
+the optimizers, the generators' states and its number alone, so a run that was killed goes on from a checkpoint as if it
+had never stopped: bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch import Tensor
 from ryzen_compile.errors import ConfigError, NumericalError
 from ryzen_compile.train.checkpoint import Checkpoints, Snapshot
 from ryzen_compile.train.config import Mode, TrainConfig, changed_settings
-from ryzen_compile.train.controller import Controller
+from ryzen_compile.train.controller import OptimizationController
 from ryzen_compile.train.distributed import gathered
 from ryzen_compile.train.interruption import Interruption
 from ryzen_compile.train.metrics import BatchMetrics, MetricsCollector
@@ -41,6 +40,7 @@ from ryzen_compile.train.run_state import (
 )
 from ryzen_compile.train.schedule import rate
 
+T = TypeVar("T")
 REFUSED_STEPS = 3  # in a row whose gradients are not finite, before the run is given up
 
 
@@ -84,10 +84,10 @@ class Trainer:
         mode: Mode,
         objective: Objective,
         optimizers: Sequence[torch.optim.Optimizer],
-        controller: Controller,
+        controller: OptimizationController,
         rows: Rows,
         plan: Plan,
-        directory: Path,
+        checkpoints: Checkpoints,
         *,
         accelerator: Any,
         collector: MetricsCollector | None,
@@ -114,36 +114,29 @@ class Trainer:
         for group in self._groups():
             group["peak"] = group["lr"]
         self._parameters = [p for group in self._groups() for p in group["params"]]
-        self._checkpoints = Checkpoints(
-            directory / "checkpoints", keep=config.checkpoint.keep, best=config.checkpoint.best
-        )
+        self._checkpoints = checkpoints
         self._tokens_per_second: list[float] = []
 
     # --- the run ------------------------------------------------------------------------------------------------------
-    def fit(self, *, resume: bool = False) -> TrainingResult:
-        """Runs to the end, or until validation says so, and returns how it ended. The model is left with its components
-        attached.
+    def fit(self, snapshot: Snapshot | None = None) -> TrainingResult:
+        """Runs to the end, or until validation says so, and returns how it ended; goes on from ``snapshot`` if there is
+        one. The model is left with its components attached.
 
         Ctrl-C and SIGTERM end the step that runs, write a checkpoint and then raise. Raises ``NumericalError`` when
-        gradients stay infinite with nothing left to turn off, ``ConfigError`` for a resumed run whose settings were
-        changed, ``ModelError`` when none of its checkpoints is whole.
+        gradients stay infinite with nothing left to turn off, ``ConfigError`` for a run that was started under other
+        settings, ``ModelError`` for a snapshot of another model.
         """
-        if resume:
-            self._resume()
-        elif self._checkpoints.steps():
-            raise ConfigError(
-                f"{self.config.output!r} holds checkpoints of a run already, the last of step "
-                f"{self._checkpoints.steps()[-1]}",
-                hint="go on with --resume, or choose another output",
-            )
+        if snapshot is not None:
+            self._resume(snapshot)
         stopped, loss = "finished", math.nan
         with Interruption() as interruption:
             while self.step < self.plan.steps and stopped == "finished":
-                self.controller.before_step(self.step / self.plan.steps)
+                self.controller.before_step(self.step, self.plan.steps)
                 metrics = self._train_step()
                 self.step += 1
                 loss = metrics.loss
                 self._record(metrics)
+                self.controller.after_step(self, metrics)
                 stopped = self._after_step()
                 if interruption.asked:
                     self.save()
@@ -176,8 +169,7 @@ class Trainer:
 
     def _train_step(self) -> BatchMetrics:
         started = time.perf_counter()
-        process = self._accelerator.process_index
-        rows = self.plan.rows_of(self.step, process)
+        rows = self.next_rows()
         share = rate(self.step, self.plan.steps, self.config.schedule)
         for group in self._groups():
             group["lr"] = group["peak"] * share
@@ -189,7 +181,7 @@ class Trainer:
                 optimizer.step()
         else:
             self._refuse(norm)
-        self._zero()
+        self.zero_grad()
         text, correct, _ = (sums / len(rows)).tolist()
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -208,6 +200,10 @@ class Trainer:
             batch_seconds=seconds,
             memory_bytes=_memory(self._accelerator.device),
         )
+
+    def next_rows(self) -> Tensor:
+        """(accumulate, batch) int64: what this process reads in the step that follows."""
+        return self.plan.rows_of(self.step, self._accelerator.process_index)
 
     def forward_backward(self, rows: Tensor) -> Tensor:
         """Adds the gradients of ``rows`` (accumulate, batch), numbers of training rows, to the parameters; returns
@@ -239,15 +235,16 @@ class Trainer:
 
     # --- validation ---------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def validate(self, *, exact: bool = False) -> Scores:
+    def validate(self, *, exact: bool = False, limit_rows: int | None = None) -> Scores:
         """The model as it is now, components and all, on the validation text: the first ``validation_tokens`` of it in
-        the run's precision, or, ``exact``, all of it in float32."""
+        the run's precision, or, ``exact``, all of it in float32; ``limit_rows`` of these."""
         rows, levers = self.rows.validation, self.objective.levers
         limit = self.config.data.validation_tokens
         if limit is not None and not exact:
             rows = rows[: max(1, limit // self.plan.length)]
         if self.mode == "test":
             rows = rows[:TEST_VALIDATION_ROWS]
+        rows = rows[:limit_rows]
         if exact:
             self.objective.levers = self.objective.exact_levers
         training = self.objective.training
@@ -276,7 +273,7 @@ class Trainer:
         self._tell(f"step {self.step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}")
         if self._samples is not None and self._accelerator.is_main_process:
             self._samples(self.step)
-        self.controller.validated(self.step, scores.loss)
+        self.controller.validated(self.step, *scores)
         stopping = self.config.early_stopping
         least = 0.0 if stopping is None else stopping.least
         self.poor = 0 if scores.loss < self.lowest - least else self.poor + 1
@@ -318,11 +315,7 @@ class Trainer:
             self._checkpoints.save(snapshot, metric=self.last_validation)
         self._accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
-        snapshot = self._checkpoints.newest()
-        if snapshot is None:
-            self._tell("no checkpoint yet: starting at step 0")
-            return
+    def _resume(self, snapshot: Snapshot) -> None:
         state = snapshot.state
         self._expect_unchanged(state)
         restore_model(self.objective.model, self._extra, snapshot.model)
@@ -356,7 +349,7 @@ class Trainer:
 
     # --- small things -------------------------------------------------------------------------------------------------
     def _record(self, metrics: BatchMetrics) -> None:
-        if self._collector is not None and (_due(self.step, self.config.metrics.every) or self.step == self.plan.steps):
+        if self._collector is not None:
             self._hear(self._collector.batch(metrics))
         if self._watcher is not None:
             self._watcher.batch(metrics, self.plan.steps)
@@ -381,9 +374,19 @@ class Trainer:
         limit = self.config.optimization.clip or math.inf
         return float(gathered(self._accelerator.clip_grad_norm_(self._parameters, limit)))
 
-    def _zero(self) -> None:
+    def zero_grad(self) -> None:
+        """No parameter has a gradient."""
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+    def of_main(self, value: T) -> T:
+        """The main process's ``value``, on all of them."""
+        if self._accelerator.num_processes == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        found: list[T] = broadcast_object_list([value])
+        return found[0]
 
     def _mean(self, values: Tensor) -> Tensor:
         """Over processes."""

@@ -11,7 +11,7 @@ import os
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -209,15 +209,14 @@ class _Table:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        self._write(list(COLUMNS))
+        self._write(COLUMNS)
 
     def add(self, record: BatchRecord) -> None:
-        values = record.model_dump(mode="json")
-        self._write(["" if values[name] is None else values[name] for name in COLUMNS])
+        self._write(_cell(getattr(record, name)) for name in COLUMNS)
 
-    def _write(self, cells: list[Any]) -> None:
+    def _write(self, cells: Iterable[str]) -> None:
         """No cell needs quotes: all are names of fields and numbers."""
-        self._stream.write((",".join(map(str, cells)) + "\n").encode())
+        self._stream.write((",".join(cells) + "\n").encode())
 
 
 class _Run:
@@ -265,6 +264,15 @@ class _Run:
             unreadable_lines=unreadable,
             columns=COLUMNS,
         )
+
+
+def _cell(value: float | None) -> str:
+    """The shortest text that is read back as ``value``; what is not finite as in the records."""
+    if value is None:
+        return ""
+    if math.isfinite(value):
+        return str(value)
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _iso(seconds: float) -> str | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ryzen_compile.errors import ConfigError
+from ryzen_compile.errors import ConfigError, NumericalError, ResourceError
 from ryzen_compile.manifest import shown
 from ryzen_compile.publish import Staging
 from ryzen_compile.source import load_model, resolve
@@ -17,7 +19,7 @@ from ryzen_compile.train.config import ModelSettings, NewTokenizer
 from ryzen_compile.train.tokenizer import load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TRAINED_MARKER = "config.json"  # what marks a model directory as one that a run may replace
@@ -64,14 +66,19 @@ def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, dtype: str, notes: Mapping[str, str]
 ) -> None:
     """Writes a Hugging Face directory, all at once: safetensors of ``dtype``, configuration, tokenizer, and ``notes``
-    (file name -> text). The model stays as it is."""
+    (file name -> text). The model stays as it is.
+
+    Raises ``NumericalError`` for weights that ``dtype`` cannot hold, and what ``Staging`` raises.
+    """
+    wanted = DTYPES[dtype]
+    state = _state(model, wanted)
     with Staging(out, force=True, owner_marker=TRAINED_MARKER) as stage:
-        wanted = DTYPES[dtype]
-        state = {name: value.to(wanted) if value.is_floating_point() else value for name, value in _state(model)}
         before = model.config.dtype
-        model.config.dtype = wanted
         try:
-            model.save_pretrained(stage.path, state_dict=state)
+            with _no_progress_bar():
+                model.save_pretrained(stage.path, state_dict=state)
+            model.config.dtype = wanted  # what was written is the type that the model has in memory
+            model.config.save_pretrained(stage.path)
         finally:
             model.config.dtype = before
         tokenizer.save_pretrained(stage.path)
@@ -80,39 +87,82 @@ def save_model(
         stage.commit()
 
 
-def _state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Without what is tied to another: transformers ties it again when it loads."""
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if _is_tied(model) else set()
-    return [(name, value.detach()) for name, value in model.state_dict().items() if name not in tied]
+def _state(model: nn.Module, wanted: torch.dtype) -> dict[str, torch.Tensor]:
+    """What is tied shares its memory here as well: transformers finds it by that, and stores it once."""
+    trained = {name for name, _ in model.named_parameters()}
+    converted: dict[tuple[Any, ...], torch.Tensor] = {}
+    state = {}
+    for name, value in model.state_dict().items():
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if place not in converted:
+            converted[place] = value.to(wanted) if value.is_floating_point() else value
+            if name in trained and not torch.isfinite(converted[place]).all():
+                raise NumericalError(
+                    f"parameter {shown(name)} holds values that {wanted} cannot, up to {float(value.abs().max()):.3g}",
+                    hint="set save_dtype to bf16 or fp32 and go on with --resume",
+                )
+        state[name] = converted[place]
+    return state
 
 
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _new_model(architecture: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     fields = dict(architecture)
     kind = str(fields.pop("model_type"))
     end = tokenizer.eos_token_id
-    for name, value in (("vocab_size", len(tokenizer)), ("bos_token_id", end), ("eos_token_id", end)):
-        fields.setdefault(name, value)
-    try:
-        config = AutoConfig.for_model(kind, **fields)
-    except (KeyError, ValueError, TypeError) as error:
-        raise ConfigError(f"model.architecture: {kind!r}: {' '.join(str(error).split())}") from error
-    plain = AutoConfig.for_model(kind)
-    strange = sorted(name for name in fields if not hasattr(plain, name))
-    if strange:
-        raise ConfigError(f"model.architecture: {kind!r} has no setting {', '.join(map(repr, strange))}")
+    config = _new_config(kind, fields, {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end})
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"model.architecture: {kind!r}: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        raise _cannot_build(kind, error) from error
     finally:
         torch.set_rng_state(generator_state)
     return model
+
+
+def _new_config(kind: str, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(f"model.architecture: there is no model_type {shown(kind)}{_nearest(kind, CONFIG_MAPPING)}")
+    try:
+        plain = AutoConfig.for_model(kind)
+        config = AutoConfig.for_model(kind, **{**defaults, **fields})
+    except Exception as error:  # transformers checks some fields, and trips over others
+        raise _cannot_build(kind, error) from error
+    # transformers keeps whatever it does not know as an attribute, and renames old spellings of what it does.
+    strange = sorted(name for name in fields if hasattr(config, name) and not hasattr(plain, name))
+    if strange:
+        near = _nearest(strange[0], [*vars(plain), *plain.attribute_map])
+        raise ConfigError(f"model.architecture: {kind!r} has no setting {shown(strange[0])}{near}")
+    return config
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f", the nearest is {near[0]!r}" if near else ""
+
+
+def _cannot_build(kind: str, error: Exception) -> Exception:
+    """What transformers raised over an architecture, in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and "allocate memory" in text:
+        return ResourceError(f"not enough memory for a new model of type {kind!r}: {text[:300]}")
+    return ConfigError(f"model.architecture: {kind!r} cannot be built: {type(error).__name__}: {text[:300]}")

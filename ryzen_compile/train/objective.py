@@ -77,17 +77,25 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def logits_are_a_product(self, rows: Tensor) -> bool:
-        """Whether the loss without logits is the model's own, on ``rows`` (B, T + 1), in float32."""
-        head = self.model.get_output_embeddings()
+        """Whether the loss without logits is the model's own, and its teacher's, on ``rows`` (B, T + 1), in float32."""
+        models = [self.model] if self.teacher is None else [self.model, self.teacher.model]
+        return all(self._is_product(model, rows[:1]) for model in models)
+
+    def _is_product(self, model: Any, rows: Tensor) -> bool:
+        head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             return False
-        ids, labels = rows[:1, :-1], rows[:1, 1:].reshape(-1)
-        found = self.model.base_model(input_ids=ids, use_cache=False)
-        hidden = getattr(found, "last_hidden_state", None)
+        ids, labels = rows[:, :-1], rows[:, 1:].reshape(-1)
+        training = model.training
+        model.eval()  # dropout would make any two passes differ
+        try:
+            hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+            theirs = functional.cross_entropy(self._logits(model, ids).flatten(0, 1), labels)
+        finally:
+            model.train(training)
         if hidden is None or hidden.shape[-1] != head.weight.shape[1]:
             return False
         mine = token_loss(hidden.flatten(0, 1), head.weight, labels).loss
-        theirs = functional.cross_entropy(self._logits(self.model, ids).flatten(0, 1), labels)
         return bool((mine - theirs).abs() <= AGREEMENT * theirs.abs())
 
     def _from_hidden(self, ids: Tensor, labels: Tensor) -> TokenLoss:

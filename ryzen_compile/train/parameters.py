@@ -7,7 +7,7 @@ the ``Parameter`` object stays the one that it was, shared where it was shared; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,31 +16,39 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from ryzen_compile.capture import capture
-from ryzen_compile.errors import UnsupportedError, UsageError
+from ryzen_compile.config import WeightQuantization
+from ryzen_compile.errors import ConfigError, UnsupportedError, UsageError
+from ryzen_compile.numerics.blockwise import BlockFormat
 from ryzen_compile.passes.canonicalize import Canonicalize
-from ryzen_compile.passes.weight_targets import Target, find_targets
-from ryzen_compile.program import Program, is_call
+from ryzen_compile.passes.weight_targets import Target, choose_formats, find_targets
+from ryzen_compile.program import is_call
 
 aten = torch.ops.aten
-Place = tuple[nn.Module, str]
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """An attribute of a module that is a parameter; ``name`` is the module's."""
+
+    name: str
+    module: nn.Module
+    attribute: str
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A parameter that the export stores as a matrix (N, C), C being the channels that a product sums over.
+    """A parameter that the export takes for a matrix (N, C), C being the channels that a product sums over.
 
-    ``tensor`` is (C, N) where ``transposed``. ``places`` are the modules that own it, by the attributes it has there:
-    several where it is tied. ``in_product``: a linear reads it; ``looked_up``: tokens are looked up in it; ``is_head``:
-    it gives logits.
+    ``tensor`` is (C, N) where ``transposed``. There are several ``places`` where it is tied. ``target`` says what reads
+    it.
     """
 
     name: str
     tensor: Tensor
     places: tuple[Place, ...]
     transposed: bool
-    in_product: bool
-    looked_up: bool
-    is_head: bool
+    target: Target
 
     @property
     def rows(self) -> Tensor:
@@ -48,86 +56,105 @@ class Matrix:
         return self.tensor.detach().t() if self.transposed else self.tensor.detach()
 
 
-def find_matrices(model: nn.Module) -> list[Matrix]:
-    """Every parameter whose values the export may store in integer blocks, in the order in which the graph reads them.
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear layer: its module's name, the module, its weight."""
 
-    ``model`` is captured (on the CPU, float32; seconds) and left as it was. Raises ``CaptureError`` for one that cannot
-    be, ``UnsupportedError`` for a weight that is computed from parameters otherwise than by a transpose, and
+    name: str
+    module: nn.Module
+    weight: Matrix
+
+
+def find_matrices(model: nn.Module) -> list[Matrix]:
+    """Every parameter that the export may store in integer blocks, in the order in which the graph reads them.
+
+    ``model`` is captured (on the CPU, float32; that takes seconds) and left as it was. Raises ``CaptureError`` where
+    that fails, ``UnsupportedError`` for a weight that is computed from parameters otherwise than by a transpose, and
     ``UsageError`` for a parameter that something stands in for already.
     """
     program = Canonicalize().run(capture(model)).program
-    owned = _places(model)
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors = dict(model.named_buffers(remove_duplicate=False)) | dict(model.named_parameters(remove_duplicate=False))
+    places = _places(model)
     found = []
     for target in find_targets(program)[0]:
         source, transposed = _source(target)
         name = program.weight_names[source.name]
         tensor = tensors[name]
-        places = tuple(owned.get(id(tensor), ()))
-        if any(isinstance(module, parametrize.ParametrizationList) for module, _ in places):
+        if any(isinstance(place.module, parametrize.ParametrizationList) for place in places[id(tensor)]):
             raise UsageError(f"something stands in for {name} already", hint="detach it first")
-        in_product, looked_up = bool(target.linears), bool(target.lookups)
-        found.append(Matrix(name, tensor, places, transposed, in_product, looked_up, target.is_head))
+        found.append(Matrix(name, tensor, tuple(places[id(tensor)]), transposed, target))
     return found
 
 
-def find_linears(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Matrix]], list[Matrix]]:
-    """The linear layers, as (name, module, weight), and all other matrices.
+def find_layers(model: nn.Module) -> tuple[list[Layer], list[Matrix]]:
+    """The linear layers, and all matrices that are none: the head, tables, and weights that several layers share.
 
-    A layer is an ``nn.Linear`` or a transposed one (``transformers``' ``Conv1D``); the head is none, nor is a linear
-    whose weight is looked up or used by several layers. Raises as ``find_matrices`` does.
+    A layer is an ``nn.Linear`` or its transposed twin, ``Conv1D`` of transformers. Raises ``ConfigError`` if there is
+    none, and what ``find_matrices`` raises.
     """
     from transformers.pytorch_utils import Conv1D
 
-    names = {module: name for name, module in model.named_modules()}
-    linears, others = [], []
+    layers, others = [], []
     for matrix in find_matrices(model):
-        owners = [module for module, attribute in matrix.places if attribute == "weight"]
-        plain = matrix.in_product and not matrix.looked_up and not matrix.is_head
-        if plain and len(matrix.places) == len(owners) == 1 and isinstance(owners[0], (nn.Linear, Conv1D)):
-            linears.append((names[owners[0]], owners[0], matrix))
+        place, target = matrix.places[0], matrix.target
+        alone = len(matrix.places) == len(target.linears) == 1 and not target.lookups and not target.is_head
+        if alone and place.attribute == "weight" and isinstance(place.module, (nn.Linear, Conv1D)):
+            layers.append(Layer(place.name, place.module, matrix))
         else:
             others.append(matrix)
-    return linears, others
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} has no linear layers beside its head")
+    return layers, others
+
+
+def export_formats(matrices: Sequence[Matrix], settings: WeightQuantization) -> list[BlockFormat]:
+    """What an export with ``settings``, which override nothing, stores each of ``matrices`` in."""
+    choices = choose_formats([matrix.target for matrix in matrices], settings)
+    return [choices[matrix.target].format for matrix in matrices]
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Of all parameters in float32, each counted once."""
+    return FLOAT_BYTES * sum(parameter.numel() for parameter in model.parameters())
 
 
 def stand_in(matrix: Matrix, parametrization: nn.Module) -> None:
     """From now on, whoever reads the parameter gets ``parametrization(parameter)``, of the same shape and type."""
-    for module, attribute in matrix.places:
-        parametrize.register_parametrization(module, attribute, parametrization)
+    for place in matrix.places:
+        parametrize.register_parametrization(place.module, place.attribute, parametrization)
 
 
 def standing_in(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
     """(module, attribute, parametrization) wherever one of ``kind`` stands in for a parameter."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            for attribute, (first, *_) in list(module.parametrizations.items()):  # type: ignore[union-attr]
-                if isinstance(first, kind):
-                    yield module, attribute, first
+            chains: Any = module.parametrizations
+            for attribute, chain in list(chains.items()):
+                if isinstance(chain[0], kind):
+                    yield module, attribute, chain[0]
 
 
 def give_back(module: nn.Module, attribute: str) -> None:
-    """Undoes ``stand_in`` at one place: the parameter is what it is now, under its name and in no other order."""
-    parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
-    for table in (module._parameters, module._buffers):
-        if attribute in table and attribute == "weight":
-            table.move_to_end(attribute, last=False) if hasattr(table, "move_to_end") else None
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, latent: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        return function(latent)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    """The inverse of ``stand_in`` at one place: the parameter as it is now, under the name that it had."""
+    chains: Any = module.parametrizations
+    if len(chains) > 1:
+        parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+        return
+    # The library's own way takes the class apart, which copies of the module share.
+    original = chains[attribute].original
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    if isinstance(original, nn.Parameter):
+        module.register_parameter(attribute, original)
+    else:
+        module.register_buffer(attribute, original)
 
 
 def straight_through(latent: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """``function(latent)``, of the same shape, with the gradient of ``latent`` itself (Bengio et al., 2013)."""
-    result: Tensor = _StraightThrough.apply(latent, function)
-    return result
+    """``function(latent)``, of the same shape and type, to the bit where ``latent`` is finite; its gradient is passed
+    on to ``latent`` as it is (Bengio et al., 2013)."""
+    fixed = latent.detach()
+    return function(fixed) + (latent - fixed)  # a difference of exactly zero, whose gradient is one
 
 
 def _source(target: Target) -> tuple[fx.Node, bool]:
@@ -135,8 +162,9 @@ def _source(target: Target) -> tuple[fx.Node, bool]:
     weight = target.weight
     if weight.op == "placeholder":
         return weight, False
-    if is_call(weight, aten.permute) and list(weight.args[1]) == [1, 0] and weight.args[0].op == "placeholder":
-        return weight.args[0], True
+    inner = weight.args[0] if weight.args else None
+    if is_call(weight, aten.permute) and isinstance(inner, fx.Node) and inner.op == "placeholder":
+        return inner, True  # of a matrix: there is no other permutation
     raise UnsupportedError(
         f"a product reads {weight.name}, which is computed from {', '.join(target.names)}; expected a parameter or its "
         "transpose",
@@ -145,10 +173,9 @@ def _source(target: Target) -> tuple[fx.Node, bool]:
 
 
 def _places(model: nn.Module) -> dict[int, list[Place]]:
+    """By the identity of each parameter and buffer."""
     found: dict[int, list[Place]] = {}
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for attribute, tensor in table.items():
-                if tensor is not None:
-                    found.setdefault(id(tensor), []).append((module, attribute))
+    for name, module in model.named_modules():
+        for attribute, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            found.setdefault(id(tensor), []).append(Place(name, module, attribute))
     return found

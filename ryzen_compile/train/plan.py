@@ -70,7 +70,13 @@ def make_plan(config: TrainConfig, mode: Mode, rows: Rows, processes: int) -> Pl
         )
     epoch = config.controller.every or max(1, len(rows.train) // per_step)
     return Plan(
-        steps, settings.batch, settings.accumulate, processes, rows.length, epoch, RowOrder(len(rows.train), config.seed)
+        steps,
+        settings.batch,
+        settings.accumulate,
+        processes,
+        rows.length,
+        epoch,
+        RowOrder(len(rows.train), config.seed),
     )
 
 

@@ -43,15 +43,20 @@ class Teaching(NamedTuple):
 def token_loss(hidden: Tensor, head: Tensor, labels: Tensor, teaching: Teaching | None = None) -> TokenLoss:
     """``hidden`` (N, C), ``head`` (V, C), ``labels`` (N,) int64; means over the N tokens.
 
-    Raises ``UsageError`` for shapes that do not fit, and a teacher with another vocabulary.
+    Raises ``UsageError`` for shapes that do not fit, no tokens, and a teacher with another vocabulary or other tokens.
     """
-    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or labels.shape != hidden.shape[:1]:
+    if not len(labels) or hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or labels.shape != hidden.shape[:1]:
         raise UsageError(
             f"token_loss: hidden (N, C), head (V, C) and labels (N,) do not fit: {tuple(hidden.shape)}, "
             f"{tuple(head.shape)}, {tuple(labels.shape)}"
         )
     if teaching is not None and teaching.head.shape[0] != head.shape[0]:
         raise UsageError(f"the teacher knows {teaching.head.shape[0]} tokens, the student {head.shape[0]}")
+    if teaching is not None and teaching.hidden.shape != (len(labels), teaching.head.shape[1]):
+        raise UsageError(
+            f"the teacher's hidden states are {tuple(teaching.hidden.shape)}, "
+            f"expected {(len(labels), teaching.head.shape[1])}"
+        )
     return TokenLoss(*_TokenLoss.apply(hidden, head, labels, teaching))
 
 
@@ -62,6 +67,8 @@ class _TokenLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = max(1, CHUNK_LOGITS // head.shape[0])
         weight = head.to(hidden.dtype)
+        if teaching is not None:
+            teaching = teaching._replace(head=teaching.head.to(teaching.hidden.dtype))
         needs_hidden, needs_head, *_ = ctx.needs_input_grad
         of_hidden = torch.empty_like(hidden) if needs_hidden else None
         of_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
@@ -87,14 +94,14 @@ class _TokenLoss(torch.autograd.Function):
                 if by_logits is not None:
                     by_logits += gradient
             if by_logits is not None:
-                scaled = (by_logits / len(labels)).to(hidden.dtype)
+                by_logits = by_logits.to(hidden.dtype)  # of sums, not yet means: these would vanish in float16
                 if of_hidden is not None:
-                    torch.mm(scaled, weight, out=of_hidden[part])
+                    torch.mm(by_logits, weight, out=of_hidden[part])
                 if of_head is not None:
-                    of_head += (scaled.t() @ hidden[part]).float()
+                    of_head += (by_logits.t() @ hidden[part]).float()
         ctx.save_for_backward(of_hidden, of_head)
-        ctx.head_dtype = head.dtype
-        text, correct, agreed = text / len(labels), correct, agreed
+        ctx.head_dtype, ctx.tokens = head.dtype, len(labels)
+        text = text / len(labels)
         ctx.mark_non_differentiable(text, correct, agreed)
         return total / len(labels), text, correct, agreed
 
@@ -102,9 +109,10 @@ class _TokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
         of_hidden, of_head = ctx.saved_tensors
+        scale = grad / ctx.tokens
         return (
-            None if of_hidden is None else of_hidden * grad.to(of_hidden.dtype),
-            None if of_head is None else (of_head * grad).to(ctx.head_dtype),
+            None if of_hidden is None else (of_hidden.float() * scale).to(of_hidden.dtype),
+            None if of_head is None else (of_head * scale).to(ctx.head_dtype),
             None,
             None,
         )
@@ -113,7 +121,7 @@ class _TokenLoss(torch.autograd.Function):
 def _divergence(logits: Tensor, teaching: Teaching, part: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Of a chunk: the weighted divergence summed, its gradient by the student's logits, and the teacher's guesses."""
     hidden, heat = teaching.hidden[part], teaching.temperature
-    scores = (hidden @ teaching.head.to(hidden.dtype).t()).float()
+    scores = (hidden @ teaching.head.t()).float()
     theirs = (scores / heat).log_softmax(-1)
     ours = (logits / heat).log_softmax(-1)
     share = theirs.exp()

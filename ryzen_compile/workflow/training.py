@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import ConfigError
+from ryzen_compile.manifest import shown_path
 from ryzen_compile.train.config import Mode, TrainConfig
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+    from ryzen_compile.train.checkpoint import Checkpoints, Snapshot
     from ryzen_compile.train.component import Component
     from ryzen_compile.train.loop import TrainingResult, Watcher
     from ryzen_compile.train.objective import Levers, Objective
     from ryzen_compile.train.plan import Rows
 
 MODEL = "model"  # the folder of the trained model, below that of the run
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ def train(
     """
     import torch
 
-    from ryzen_compile.train.controller import Controller
+    from ryzen_compile.train.checkpoint import Checkpoints
+    from ryzen_compile.train.controller import OptimizationController
     from ryzen_compile.train.loop import Trainer
     from ryzen_compile.train.metrics import MetricsCollector
     from ryzen_compile.train.model import prepare_model, save_model
@@ -67,8 +73,8 @@ def train(
 
     accelerator = _accelerator(config, mode)
     directory = Path(config.output) / mode
-    if accelerator.is_main_process:
-        directory.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(directory / CHECKPOINTS, keep=config.checkpoint.keep, best=config.checkpoint.best)
+    snapshot = _snapshot(checkpoints, directory, resume, watcher)
     torch.manual_seed(config.seed)
     tokenizer, rows = prepare_text(config, watcher)
     plan = make_plan(config, mode, rows, accelerator.num_processes)
@@ -76,29 +82,37 @@ def train(
     hidden = hidden_matrices(model)
     objective = Objective(model, _levers(config, mode, accelerator.device))
     objective.levers = checked_levers(objective, rows.train[:1].long().to(accelerator.device), watcher)
-    controller = Controller(_components(config, objective, tokenizer), model)
-    extra = [parameter for _, own in controller.own_parameters() for parameter in own]
-    optimizers = make_optimizers(model, hidden, extra, config.optimization, fused=mode != "baseline")
-    collector = MetricsCollector(directory, config.metrics) if accelerator.is_main_process else None
-    trainer = Trainer(
-        config,
-        mode,
-        objective,
-        optimizers,
-        controller,
-        rows,
-        plan,
-        directory,
-        accelerator=accelerator,
-        collector=collector,
-        watcher=watcher if accelerator.is_main_process else None,
-    )
-    finished = FinishedRun(directory, mode, trainer.fit(resume=resume))
-    if accelerator.is_main_process:
-        for component in controller.components:
-            component.detach(model)
-        save_model(model, tokenizer, directory / MODEL, config.save_dtype, {})
+    step = None if not resume else 0 if snapshot is None else snapshot.step
+    main = accelerator.is_main_process
+    with closing(MetricsCollector(directory, config.metrics, resume_step=step)) if main else nullcontext() as collector:
+        controller = OptimizationController(
+            _components(config, objective, tokenizer),
+            config.controller,
+            model,
+            objective,
+            collector,
+            partial(_tell, watcher if main else None),
+        )
+        extra = [parameter for _, own in controller.own_parameters() for parameter in own]
+        optimizers = make_optimizers(model, hidden, extra, config.optimization, fused=mode != "baseline")
+        trainer = Trainer(
+            config,
+            mode,
+            objective,
+            optimizers,
+            controller,
+            rows,
+            plan,
+            checkpoints,
+            accelerator=accelerator,
+            collector=collector,
+            watcher=watcher if main else None,
+        )
+        finished = FinishedRun(directory, mode, trainer.fit(snapshot))
         if collector is not None:
+            for component in controller.components:
+                component.detach(model)
+            save_model(model, tokenizer, directory / MODEL, config.save_dtype, {})
             collector.finish(finished.summary())
     accelerator.wait_for_everyone()
     return finished
@@ -124,6 +138,23 @@ def prepare_text(config: TrainConfig, watcher: Watcher | None = None) -> tuple[P
         f"{len(rows.validation) * length:,} to validate on",
     )
     return tokenizer, rows
+
+
+def _snapshot(checkpoints: Checkpoints, directory: Path, resume: bool, watcher: Watcher | None) -> Snapshot | None:
+    """What the run goes on from. Raises ``ConfigError`` where a run would be overwritten, or there is none."""
+    if not resume:
+        if steps := checkpoints.steps():
+            raise ConfigError(
+                f"{shown_path(directory)} holds checkpoints of a run already, the last of step {steps[-1]}",
+                hint="go on with --resume, or choose another output",
+            )
+        return None
+    if not directory.is_dir():
+        raise ConfigError(f"{shown_path(directory)} holds no run to resume", hint="start it without --resume")
+    snapshot = checkpoints.newest()
+    if snapshot is None:
+        _tell(watcher, "no checkpoint yet: starting at step 0")
+    return snapshot
 
 
 def checked_levers(objective: Objective, rows: torch.Tensor, watcher: Watcher | None = None) -> Levers:
@@ -165,9 +196,7 @@ def _accelerator(config: TrainConfig, mode: Mode) -> Any:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
-        raise ConfigError(
-            "training needs the library accelerate", hint="pip install 'ryzen-compile[train]'"
-        ) from error
+        raise ConfigError("training needs the library accelerate", hint="pip install 'ryzen-compile[train]'") from error
     fp16 = mode != "baseline" and config.precision.dtype == "fp16"
     # What a component computes with depends on whether it is on: not every parameter has a gradient in every step.
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.passes != type(config.passes)())

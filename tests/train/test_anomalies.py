@@ -64,7 +64,7 @@ def changed(run: Iterator[BatchMetrics], **series: Callable[[int, float], float]
     ]
 
 
-@pytest.mark.parametrize("window", [5, 11, 50, 127])
+@pytest.mark.parametrize("window", [5, 50, 83])
 @pytest.mark.parametrize("curve", list(CURVES))
 def test_nothing_is_wrong_with_an_ordinary_run(window: int, curve: str) -> None:
     for seed in range(3):
@@ -80,14 +80,13 @@ def test_a_spike_of_the_loss_is_flagged_once_with_its_bound() -> None:
     past = sorted(metrics.loss for metrics in run[249:299])
     assert (found.kind, found.step, found.value) == ("loss_spike", 300, 9.0)
     assert past[-1] < found.expected < past[25] + 1
-    assert found.message == f"loss 9 at step 300, expected at most {found.expected:.4g} " + (
-        "(median of the last 50 + 6 deviations)"
-    )
+    bound = f"{found.expected:.4g}"
+    assert found.message == f"loss 9 at step 300, expected at most {bound} (median of the last 50 + 6 deviations)"
 
 
 def test_a_second_spike_after_calm_is_another_incident() -> None:
     spikes = {300: 9.0, 301: 2.0, 302: 9.0, 320: 9.0}  # 302: not yet back to normal
-    run = changed(ordinary(steps=400), loss=lambda step, x: spikes.get(step, x))
+    run = changed(ordinary(steps=400), loss=spikes.get)
     assert [a.step for a in flagged(AnomalyDetector(50), run)] == [300, 320]
 
 

@@ -124,7 +124,7 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
 orders = st.builds(RowOrder, rows=st.integers(1, 50), seed=st.integers(0, (1 << 32) - 1))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(order=orders, epoch=st.integers(0, 1000))
 def test_every_epoch_is_a_permutation(order: RowOrder, epoch: int) -> None:
     found = order.at(epoch * order.rows, order.rows)

@@ -34,7 +34,7 @@ def test_it_is_the_byte_level_bpe_of_the_example() -> None:
     end = "<|endoftext|>"
     wrapped = PreTrainedTokenizerFast(tokenizer_object=expected, bos_token=end, eos_token=end, pad_token=end)
     assert NEW.backend_tokenizer.to_str() == wrapped.backend_tokenizer.to_str()
-    assert len(NEW) == 300
+    assert 257 < len(NEW) == len(wrapped) < 300  # these texts have no more pairs
     assert NEW.bos_token_id == NEW.eos_token_id == NEW.pad_token_id == 0
 
 

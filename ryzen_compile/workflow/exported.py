@@ -1,0 +1,52 @@
+"""A model in training as it would be exported now: how fast that runs, and which recipe it takes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ryzen_compile.config import DEFAULT_RECIPE, Recipe, find_recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ryzen_compile.train.component import Component
+
+PROMPT, DECODED, REPEATS = 128, 32, 3
+
+
+def trained_recipe(components: Sequence[Component]) -> Recipe | None:
+    """The recipe under which an export computes what was trained; None if any recipe will do."""
+    changes: dict[str, Any] = {}
+    for component in components:
+        if component.active:
+            changes |= component.recipe_changes()
+    if not changes:
+        return None
+    return Recipe(name="trained", description="as the model was trained", **changes)
+
+
+def plain_copy(model: nn.Module, components: Sequence[Component]) -> nn.Module:
+    """A copy of the model with the components' work in its weights, and none of them attached."""
+    shapers = [component for component in components if component.name != "distill"]
+    twin, theirs = copy.deepcopy((model, shapers))
+    for component in theirs:
+        component.detach(twin)
+    return twin.eval()
+
+
+def exported_speed(model: nn.Module, components: Sequence[Component]) -> Mapping[str, float]:
+    """Exports a copy and measures it: ``ttft_seconds`` for ``PROMPT`` tokens, ``decode_tokens_per_second`` behind them.
+
+    Raises whatever exporting raises. Seconds for a small model.
+    """
+    from ryzen_compile.api import optimize
+    from ryzen_compile.validate.latency import Workload, measure
+
+    recipe = trained_recipe(components) or find_recipe(DEFAULT_RECIPE, method="rtn")
+    compiled = optimize(plain_copy(model, components).float(), recipe, verify=False)
+    prompt = max(1, min(PROMPT, compiled.engine.spec.context - DECODED - 1))
+    tests = [Workload("pp", prompt), Workload("tg", DECODED, prompt)]
+    first, decode = measure([compiled.engine], tests, REPEATS)
+    return {"ttft_seconds": min(first.seconds), "decode_tokens_per_second": max(decode.rates)}
