@@ -15,7 +15,7 @@ from ryzen_compile.calibration import Calibration, read_calibration
 from ryzen_compile.config import EmbeddingCompression, KVCacheConfig, Recipe, find_recipe
 from ryzen_compile.errors import ArtifactError, RyzenCompileError, UnsupportedError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME
-from ryzen_compile.recipe_file import recipe_for
+from ryzen_compile.recipe_file import CODES_NAME, recipe_for
 from ryzen_compile.runtime.compiled import CompiledModel
 from ryzen_compile.runtime.engine import Engine
 from ryzen_compile.text import BUILTIN
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ryzen_compile.backends.onnxruntime.emit import LoweringOptions
     from ryzen_compile.backends.onnxruntime.session import SessionOptions
     from ryzen_compile.numerics.blockwise import BlockTensor
+    from ryzen_compile.numerics.codebook import CodebookTensor
     from ryzen_compile.numerics.row_shift import RowShift
     from ryzen_compile.passes.base import Pass
     from ryzen_compile.program import Program
@@ -39,13 +40,15 @@ Native = Literal["auto"] | bool
 
 @dataclass(frozen=True)
 class Source:
-    """A model and what came with it. ``name`` is what the user called it, ``quantized`` the weights that came so."""
+    """A model and what came with it. ``name`` is what the user called it, ``quantized`` the weights that came so,
+    ``tables`` those of tokens that came as codes."""
 
     model: nn.Module
     name: str
     tokenizer: Any = None
     generation_config: Any = None
     quantized: Mapping[str, BlockTensor] = field(default_factory=dict)
+    tables: Mapping[str, CodebookTensor] = field(default_factory=dict)
 
 
 def optimize(
@@ -119,6 +122,7 @@ def optimize(
         backend=backend,
         calibration=read_calibration(source.tokenizer, chosen, calibration, progress),
         given=source.quantized,
+        tables=source.tables,
         passes=passes,
         verify=verify,
         progress=progress,
@@ -214,6 +218,7 @@ def export(
         chosen,
         calibration=read_calibration(source.tokenizer, chosen, calibration, progress),
         given=source.quantized,
+        tables=source.tables,
         verify=verify,
         progress=progress,
     )
@@ -289,6 +294,7 @@ def rewrite(
     backend: str = "onnxruntime",
     calibration: Calibration | None = None,
     given: Mapping[str, BlockTensor] | None = None,
+    tables: Mapping[str, CodebookTensor] | None = None,
     passes: Sequence[Pass] | None = None,
     verify: bool = True,
     progress: Progress | None = None,
@@ -296,7 +302,8 @@ def rewrite(
     """Captures ``model`` and runs the passes for ``backend``; the Program is not compiled yet.
 
     ``given`` are weights that are quantized already, by parameter name: a recipe with integer weights stores them as
-    they are, one without widens them.
+    they are, one without widens them. ``tables`` are such that were trained as codes: a recipe that compresses the
+    embedding stores them, one that does not reads the weights behind them.
     """
     from ryzen_compile.capture import capture
     from ryzen_compile.pipeline import default_passes, run_passes
@@ -324,7 +331,9 @@ def rewrite(
         if recipe.embedding is not None:
             from ryzen_compile.train.embedding import prepare_compressor
 
-            compressor = prepare_compressor(model, program, recipe.embedding, calibration, progress)
+            compressor = prepare_compressor(
+                model, program, recipe.embedding, calibration, progress, trained=tables or {}
+            )
         passes = default_passes(recipe, calibration=text, given=given, compressor=compressor)
     program, report = run_passes(
         program, passes, supported_ops=target.supported_ops, gate=gate, strict=verify, progress=progress
@@ -359,7 +368,19 @@ def read_source(
         os.fspath(model), revision=revision, local_files_only=local_files_only, trust_remote_code=trust_remote_code
     )
     found = load_checkpoint(directory, trust_remote_code=trust_remote_code)
-    return Source(found.model, os.fspath(model), tokenizer or found.tokenizer, found.generation_config, found.blocks)
+    tables: Mapping[str, CodebookTensor] = {}
+    if (directory / CODES_NAME).exists():
+        from ryzen_compile.train.table_file import given_tables
+
+        tables = given_tables(found.model, directory / CODES_NAME)
+    return Source(
+        found.model,
+        os.fspath(model),
+        tokenizer or found.tokenizer,
+        found.generation_config,
+        found.blocks,
+        tables,
+    )
 
 
 def _lowering_options(recipe: Recipe) -> LoweringOptions:

@@ -176,9 +176,11 @@ class Staging:
             self._caught_sigterm = False
         if self._lock is not None:
             # Unlinked while still held: whoever opened the old file notices that the name is gone (_take_lock).
-            self._lock_path.unlink(missing_ok=True)
-            os.close(self._lock)
-            self._lock = None
+            try:
+                self._lock_path.unlink(missing_ok=True)
+            finally:
+                os.close(self._lock)
+                self._lock = None
 
 
 def require_free(out: str | Path) -> None:

@@ -16,6 +16,7 @@ from ryzen_compile.errors import ConfigError, ResourceError
 from ryzen_compile.manifest import shown_path
 
 RECIPE_NAME = "ryzen_recipe.json"
+CODES_NAME = "embedding_codes.safetensors"  # a table of tokens that was trained as codes
 SCHEMA = 1
 MAX_BYTES = 1 << 16
 

@@ -32,7 +32,7 @@ from ryzen_compile.train.soft_table import SoftTable, several_processes
 CHILD = "dkm"  # what the table's module calls its SoftTable while one is attached
 # The parity gate measures codes against a model that looks up the weights behind them, which nobody trained for.
 NO_BUDGET = 1000.0
-NUMBERS = ("unit", "error", "began", "progress")  # of the state, beside stage, active and what the table was
+NUMBERS = ("unit", "spread", "error", "began", "progress")  # of the state, beside stage, active and what the table was
 
 
 class DkmComponent:
@@ -160,6 +160,7 @@ class DkmComponent:
             "began": self._began,
             "progress": self._progress,
             "unit": soft.unit,
+            "spread": soft.spread,
             "error": soft.error,
         }
         return {name: buffer.detach().clone() for name, buffer in soft.named_buffers()}, values
@@ -181,7 +182,7 @@ class DkmComponent:
                 buffer.copy_(tensors[name])
         self._stage, self._size = int(values["stage"]), None if size is None else float(size)
         self._clustered = bool(values.get("clustered"))
-        self._began, soft.unit, soft.error = (float(values[name]) for name in ("began", "unit", "error"))
+        soft.unit, soft.spread, soft.error, self._began, _ = (float(values[name]) for name in NUMBERS)
         soft.form = self._form(self._stage)
         self.active = soft.active = bool(values.get("active"))
         self.advance(float(values["progress"]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -27,10 +28,14 @@ def prepare_compressor(
     settings: EmbeddingCompression,
     calibration: Calibration | None,
     progress: Say | None = None,
+    *,
+    trained: Mapping[str, CodebookTensor] = MappingProxyType({}),
 ) -> EmbeddingCompressor:
     """The pass for ``program``, as captured from ``model``, with tables that were trained already where that is asked.
 
-    The model is left as it was. Raises ``ConfigError`` for a method that reads text where there is none.
+    ``trained`` are tables, by parameter, that came with the model: they are taken as they are, whatever the settings
+    would have made of the weights behind them. The model is left as it was. Raises ``ConfigError`` for a method that
+    reads text where there is none.
     """
     text = None if calibration is None or calibration.long is None else calibration.long[:, : program.spec.context]
     if text is None and settings.reads_text:
@@ -39,6 +44,8 @@ def prepare_compressor(
             hint="read_calibration with this recipe gives it",
         )
     say = progress or _silent
+    if trained:
+        return EmbeddingCompressor(settings, given=trained, notes=dict.fromkeys(trained, "as it was trained"))
     special = () if calibration is None else calibration.special
     if text is None or not settings.reads_text:
         hear = _by_tenths(say, "compressing the table")
@@ -57,8 +64,8 @@ def prepare_compressor(
                 settings, text=text, special=special, progress=_by_tenths(say, f"compressing {name}")
             )
             start = compressor.compress(find_table(model, name).detach(), weights.get(name))
-            trained = FinetuneSettings(settings.steps)
-            result = dkm_finetune(model, name, start, text, trained, _by_tenths(say, f"training {name}"))
+            wanted = FinetuneSettings(settings.steps)
+            result = dkm_finetune(model, name, start, text, wanted, _by_tenths(say, f"training {name}"))
             given[name], notes[name] = result.table, _outcome(result, settings.steps)
     return EmbeddingCompressor(settings, text=text, special=special, row_weights=weights, given=given, notes=notes)
 

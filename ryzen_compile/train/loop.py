@@ -99,6 +99,7 @@ class Trainer:
         self.step, self.seconds, self.refused = 0, 0.0, 0
         self.lowest, self.poor = math.inf, 0  # validation loss, and validations in turn that were no better
         self.last_validation: float | None = None
+        self.validated_at = self._saved = -1  # steps
         self._accelerator, self._collector, self._watcher, self._samples = accelerator, collector, watcher, samples
         names = parameter_names(objective.model, controller.own_parameters())
         self._extra = {
@@ -141,7 +142,7 @@ class Trainer:
                 if interruption.asked:
                     self.save()
                     interruption.raise_it()
-        if self._checkpoints.steps()[-1:] != [self.step]:
+        if self._saved != self.step:
             self.save()
         return TrainingResult(
             self.step,
@@ -267,7 +268,7 @@ class Trainer:
         return Scores(*(total[:3] / total[3]).tolist())
 
     def _validated(self, scores: Scores) -> str:
-        self.last_validation = scores.loss
+        self.last_validation, self.validated_at = scores.loss, self.step
         if self._collector is not None:
             self._hear(self._collector.validation(self.step, scores.loss, scores.accuracy))
         self._tell(f"step {self.step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}")
@@ -308,12 +309,16 @@ class Trainer:
                 "lowest": None if math.isinf(self.lowest) else self.lowest,
                 "poor": self.poor,
                 "last_validation": self.last_validation,
+                "validated_at": self.validated_at,
                 "refused": self.refused,
             },
         )
         if self._accelerator.is_main_process:
-            self._checkpoints.save(snapshot, metric=self.last_validation)
+            # Only weights that were measured can be the best.
+            measured = self.validated_at == self.step
+            self._checkpoints.save(snapshot, metric=self.last_validation if measured else None)
         self._accelerator.wait_for_everyone()
+        self._saved = self.step
 
     def _resume(self, snapshot: Snapshot) -> None:
         state = snapshot.state
@@ -332,6 +337,7 @@ class Trainer:
         self.step, self.seconds, self.refused = snapshot.step, state["seconds"], state["refused"]
         self.lowest = math.inf if state["lowest"] is None else state["lowest"]
         self.poor, self.last_validation = state["poor"], state["last_validation"]
+        self.validated_at, self._saved = state["validated_at"], snapshot.step
         restore_random_state(snapshot.optimizer)  # last: preparing may have drawn
         self._tell(f"going on behind step {self.step} of {self.plan.steps}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -63,10 +63,14 @@ def load_teacher(path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, dtype: str, notes: Mapping[str, str]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    dtype: str,
+    companions: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes a Hugging Face directory, all at once: safetensors of ``dtype``, configuration, tokenizer, and ``notes``
-    (file name -> text). The model stays as it is.
+    """Writes a Hugging Face directory, all at once: safetensors of ``dtype``, configuration, tokenizer, and what
+    ``companions`` writes into the directory that it is given. The model stays as it is.
 
     Raises ``NumericalError`` for weights that ``dtype`` cannot hold, and what ``Staging`` raises.
     """
@@ -82,8 +86,8 @@ def save_model(
         finally:
             model.config.dtype = before
         tokenizer.save_pretrained(stage.path)
-        for name, text in notes.items():
-            (stage.path / name).write_text(text, encoding="utf-8")
+        if companions is not None:
+            companions(stage.path)
         stage.commit()
 
 

@@ -66,7 +66,8 @@ def restore_optimizers(
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any],
 ) -> None:
-    """The inverse, into optimizers that have taken no step. Raises ``ModelError`` for states of unknown parameters."""
+    """The inverse, into optimizers that have taken no step. Raises ``ModelError`` for states of unknown parameters, or
+    of another shape."""
     parameters = {
         f"{index}/{names[id(p)]}": (optimizer, p)
         for index, optimizer in enumerate(optimizers)
@@ -78,7 +79,7 @@ def restore_optimizers(
         if owner not in parameters:
             raise ModelError(f"the checkpoint holds an optimizer's state of {shown(owner)}, which is not trained here")
         optimizer, parameter = parameters[owner]
-        optimizer.state.setdefault(parameter, {})[key] = _like(parameter, value)
+        optimizer.state.setdefault(parameter, {})[key] = _like(parameter, name, value)
 
 
 def random_state() -> dict[str, Tensor]:
@@ -120,14 +121,14 @@ def restore_components(
         component.restore(own, values[component.name]["values"])
 
 
-def _like(parameter: Tensor, value: Any) -> Any:
-    """A state as the optimizer holds it: sharded and placed as its parameter is, if it has its shape."""
+def _like(parameter: Tensor, name: str, value: Any) -> Any:
+    """A state as the optimizer holds it: a number, such as its count of steps, or placed as its parameter is."""
     if not isinstance(value, Tensor):
         return value
-    if value.shape != parameter.shape:
+    if value.ndim == 0 and parameter.ndim:
         return value.clone()
     found = torch.empty_like(parameter, dtype=value.dtype)
-    fill(found, value)
+    _fill(name, found, value)
     return found
 
 

@@ -5,12 +5,15 @@
 
 ``s_0`` is the row's root mean square times a factor that was fitted when the table was clustered, so sizes follow the
 weights while these are trained. What is trained beside them is how far entries, scales and offset are from where
-clustering put them: relative to their size, and 0 at first, so that one learning rate fits tables of any size and a
-weight decay pulls towards k-means. Entries move by their gradients; they are not iterated to a fixed point at each
-step, which would have to see the whole table.
+clustering put them, 0 at first: a weight decay pulls towards k-means. Their units are such that at one learning rate
+they move by ``SHARES`` of what weights move by, in an optimizer whose steps do not depend on the size of gradients.
+Entries move by their gradients; they are not iterated to a fixed point at each step, which would have to see the whole
+table.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +26,10 @@ from ryzen_compile.numerics.dkm import DKMLayer
 from ryzen_compile.numerics.search.codebook_fit import FitSettings, fit_codebook
 from ryzen_compile.numerics.search.kmeans import nearest
 from ryzen_compile.train.distributed import gathered
-from ryzen_compile.train.dkm_finetune import EXACT, LARGEST_SCALE
+from ryzen_compile.train.dkm_finetune import EXACT, LARGEST_SCALE, RATES
 
 SAMPLE = 1024  # rows that the error of clustering is measured on
+SHARES = {name: RATES[name] / RATES["weights"] for name in ("codebook", "scales", "offset")}
 LEAST = 1e-30  # mean square of a row; of less, nothing is left to divide by
 
 
@@ -47,7 +51,8 @@ class SoftTable(nn.Module):
         self.shape, self.form = (rows, width), widest
         self.active = False
         self.temperature = 1.0
-        self.unit, self.error = 1.0, 1.0  # of an entry its root mean square; mean squared error of a vector in units
+        # Root mean squares of an entry, and of the table's weights less their offset; mean squared error of a vector.
+        self.unit, self.spread, self.error = 1.0, 1.0, 1.0
         self.codebook = nn.Parameter(torch.zeros(widest.entries, widest.dim))
         self.scales = nn.Parameter(torch.zeros(rows))
         self.offset = nn.Parameter(torch.zeros(width))
@@ -104,13 +109,18 @@ class SoftTable(nn.Module):
 
     def _scales(self, sizes: Tensor, ids: Tensor) -> Tensor:
         """(n, 1) that entries are multiplied by."""
-        return sizes * (1 + self.scales[ids, None]) / self.unit
+        return sizes * (1 + self._moved("scales")[ids, None]) / self.unit
 
     def _entries(self) -> Tensor:
-        return (self.start_codebook + self.codebook)[: self.form.entries]
+        return (self.start_codebook + self._moved("codebook"))[: self.form.entries]
 
     def _offset(self) -> Tensor:
-        return self.start_offset + self.offset * self.unit
+        return self.start_offset + self._moved("offset") * self.spread
+
+    def _moved(self, name: str) -> Tensor:
+        """By how much, in units of what it is."""
+        parameter: Tensor = getattr(self, name)
+        return parameter * (SHARES[name] / self.spread)
 
     # --- the whole table ----------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -128,11 +138,14 @@ class SoftTable(nn.Module):
         self.start_offset.zero_()
         if found.offset is not None:
             self.start_offset.copy_(found.offset)
+        squares = 0.0
         for first, last in row_chunks(*self.shape):
             sizes = _root_mean_square(table[first:last] - self.start_offset)[:, 0]
+            squares += float(sizes.double().square().sum())
             scales = _present(found.scales)[first:last, 0].float() * self.unit / sizes
             # A row of zeros has no size; what it is multiplied by if it gets one is anybody's guess.
             self.start_scales[first:last] = torch.where(scales == 0, 1.0, scales)
+        self.spread = math.sqrt(squares / self.shape[0]) if squares > EXACT else 1.0
         for parameter in self.parameters():
             parameter.zero_()
         self.error = self._mean_error(table)
@@ -165,10 +178,12 @@ class SoftTable(nn.Module):
         """The first process's clusters are everybody's: rounding may differ between machines."""
         if not several_processes():
             return
-        numbers = torch.tensor([self.unit, self.error], dtype=torch.float64, device=self.start_codebook.device)
+        numbers = torch.tensor(
+            [self.unit, self.spread, self.error], dtype=torch.float64, device=self.start_codebook.device
+        )
         for tensor in (self.start_codebook, self.start_scales, self.start_offset, numbers):
             torch.distributed.broadcast(tensor, 0)
-        self.unit, self.error = numbers.tolist()
+        self.unit, self.spread, self.error = numbers.tolist()
 
 
 def _root_mean_square(rows: Tensor) -> Tensor:

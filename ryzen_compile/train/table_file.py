@@ -24,7 +24,6 @@ from ryzen_compile.manifest import shown, shown_path
 from ryzen_compile.numerics.codebook import CodebookFormat, CodebookTensor
 from ryzen_compile.numerics.table_quality import table_quality
 
-CODES_NAME = "embedding_codes.safetensors"
 FORMAT = "ryzen_compile.codes/1"
 FACTS = {"parameter", "relative_error", "shape", "bits", "dim", "stages", "group"}
 TYPES = {

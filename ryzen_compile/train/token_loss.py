@@ -45,7 +45,13 @@ def token_loss(hidden: Tensor, head: Tensor, labels: Tensor, teaching: Teaching 
 
     Raises ``UsageError`` for shapes that do not fit, no tokens, and a teacher with another vocabulary or other tokens.
     """
-    if not len(labels) or hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or labels.shape != hidden.shape[:1]:
+    if (
+        not len(labels)
+        or hidden.ndim != 2
+        or head.ndim != 2
+        or hidden.shape[1] != head.shape[1]
+        or labels.shape != hidden.shape[:1]
+    ):
         raise UsageError(
             f"token_loss: hidden (N, C), head (V, C) and labels (N,) do not fit: {tuple(hidden.shape)}, "
             f"{tuple(head.shape)}, {tuple(labels.shape)}"

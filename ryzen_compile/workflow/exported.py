@@ -46,7 +46,8 @@ def exported_speed(model: nn.Module, components: Sequence[Component]) -> Mapping
 
     recipe = trained_recipe(components) or find_recipe(DEFAULT_RECIPE, method="rtn")
     compiled = optimize(plain_copy(model, components).float(), recipe, verify=False)
-    prompt = max(1, min(PROMPT, compiled.engine.spec.context - DECODED - 1))
-    tests = [Workload("pp", prompt), Workload("tg", DECODED, prompt)]
-    first, decode = measure([compiled.engine], tests, REPEATS)
+    half = compiled.engine.spec.context // 2
+    prompt, decoded = min(PROMPT, half), min(DECODED, half)
+    first, decode = measure([compiled.engine], [Workload("pp", prompt), Workload("tg", decoded, prompt)], REPEATS)
+    compiled.close()
     return {"ttft_seconds": min(first.seconds), "decode_tokens_per_second": max(decode.rates)}

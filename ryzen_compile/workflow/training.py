@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ryzen_compile.train.checkpoint import Checkpoints, Snapshot
-    from ryzen_compile.train.component import Component
+    from ryzen_compile.train.documents import Corpus
     from ryzen_compile.train.loop import TrainingResult, Watcher
     from ryzen_compile.train.objective import Levers, Objective
     from ryzen_compile.train.plan import Rows
@@ -51,6 +51,15 @@ class FinishedRun:
         }
 
 
+@dataclass(frozen=True)
+class Text:
+    """The documents of a run, their tokenizer, and the rows that are trained and validated on."""
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+
+
 def train(
     config: TrainConfig, mode: Mode = "optimized", *, resume: bool = False, watcher: Watcher | None = None
 ) -> FinishedRun:
@@ -63,20 +72,25 @@ def train(
     import torch
 
     from ryzen_compile.train.checkpoint import Checkpoints
+    from ryzen_compile.train.components import make_components
     from ryzen_compile.train.controller import OptimizationController
     from ryzen_compile.train.loop import Trainer
     from ryzen_compile.train.metrics import MetricsCollector
-    from ryzen_compile.train.model import prepare_model, save_model
+    from ryzen_compile.train.model import prepare_model
     from ryzen_compile.train.objective import Objective
     from ryzen_compile.train.optimizer import hidden_matrices, make_optimizers
     from ryzen_compile.train.plan import make_plan
+    from ryzen_compile.workflow.card import model_card
+    from ryzen_compile.workflow.exported import exported_speed
+    from ryzen_compile.workflow.trained_model import save_trained
 
     accelerator = _accelerator(config, mode)
     directory = Path(config.output) / mode
     checkpoints = Checkpoints(directory / CHECKPOINTS, keep=config.checkpoint.keep, best=config.checkpoint.best)
     snapshot = _snapshot(checkpoints, directory, resume, watcher)
     torch.manual_seed(config.seed)
-    tokenizer, rows = prepare_text(config, watcher)
+    text = prepare_text(config, watcher)
+    tokenizer, rows = text.tokenizer, text.rows
     plan = make_plan(config, mode, rows, accelerator.num_processes)
     model = prepare_model(config.model, tokenizer, config.seed).to(accelerator.device)
     hidden = hidden_matrices(model)
@@ -86,12 +100,13 @@ def train(
     main = accelerator.is_main_process
     with closing(MetricsCollector(directory, config.metrics, resume_step=step)) if main else nullcontext() as collector:
         controller = OptimizationController(
-            _components(config, objective, tokenizer),
+            components := make_components(config.passes, objective, tokenizer),
             config.controller,
             model,
             objective,
             collector,
             partial(_tell, watcher if main else None),
+            measure_export=partial(exported_speed, components=components) if config.metrics.export else None,
         )
         extra = [parameter for _, own in controller.own_parameters() for parameter in own]
         optimizers = make_optimizers(model, hidden, extra, config.optimization, fused=mode != "baseline")
@@ -110,15 +125,14 @@ def train(
         )
         finished = FinishedRun(directory, mode, trainer.fit(snapshot))
         if collector is not None:
-            for component in controller.components:
-                component.detach(model)
-            save_model(model, tokenizer, directory / MODEL, config.save_dtype, {})
+            card = model_card(config, mode, finished.result, model, text.corpus, rows)
+            save_trained(model, tokenizer, components, directory / MODEL, config.save_dtype, card)
             collector.finish(finished.summary())
     accelerator.wait_for_everyone()
     return finished
 
 
-def prepare_text(config: TrainConfig, watcher: Watcher | None = None) -> tuple[PreTrainedTokenizerBase, Rows]:
+def prepare_text(config: TrainConfig, watcher: Watcher | None = None) -> Text:
     """Reads, tokenizes and packs the text of ``config``. Raises ``ConfigError`` where there is too little of it."""
     from ryzen_compile.train.documents import read_corpus
     from ryzen_compile.train.model import prepare_tokenizer
@@ -137,7 +151,7 @@ def prepare_text(config: TrainConfig, watcher: Watcher | None = None) -> tuple[P
         f"{len(corpus.train)} documents, {len(rows.train) * length:,} tokens to train on, "
         f"{len(rows.validation) * length:,} to validate on",
     )
-    return tokenizer, rows
+    return Text(corpus, tokenizer, rows)
 
 
 def _snapshot(checkpoints: Checkpoints, directory: Path, resume: bool, watcher: Watcher | None) -> Snapshot | None:
@@ -184,27 +198,25 @@ def _levers(config: TrainConfig, mode: Mode, device: torch.device) -> Levers:
     wanted = config.precision.dtype
     if wanted == "auto":
         wanted = "bf16" if fast_half(device) else "fp32"
-    if wanted == "fp16" and device.type == "cpu":
-        raise ConfigError("precision.dtype fp16 needs a GPU", hint="use bf16 or fp32 on a CPU")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
     compiled = config.precision.compile is not False and mode != "test"
     return Levers(dtype, config.precision.linear_cross_entropy, compiled)
 
 
 def _accelerator(config: TrainConfig, mode: Mode) -> Any:
+    import torch
+
     try:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         raise ConfigError("training needs the library accelerate", hint="pip install 'ryzen-compile[train]'") from error
     fp16 = mode != "baseline" and config.precision.dtype == "fp16"
+    if fp16 and not torch.cuda.is_available():
+        raise ConfigError("precision.dtype fp16 needs a GPU", hint="use bf16 or fp32 on a CPU")
     # What a component computes with depends on whether it is on: not every parameter has a gradient in every step.
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.passes != type(config.passes)())
     return Accelerator(mixed_precision="fp16" if fp16 else "no", kwargs_handlers=[unused])
-
-
-def _components(config: TrainConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> list[Component]:
-    return []
 
 
 def _tell(watcher: Watcher | None, text: str) -> None:

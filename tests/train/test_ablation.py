@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,12 @@ from ryzen_compile.train.ablation import ROUNDS, step_timings, validation_shares
 from ryzen_compile.train.objective import Levers, Objective
 from ryzen_compile.train.switches import COMPILE, LEVER_NAMES, ComponentSwitch, LeverSwitch, undisturbed
 from ryzen_compile.train.token_loss import TokenLoss
-from tests.train.tiny_trainer import Hook, Run, llama, make_run
+from tests.train.tiny_trainer import PLAIN, Clock, Hook, Run, llama, make_run
 
 pytest.importorskip("accelerate")
 
 
-def rest(x: Tensor, stage: int) -> Tensor:
-    time.sleep(0.02)
-    return x
-
-
-def trained(directory: Path, *components: Hook, levers: Levers = Levers(), kind: type[Objective] = Objective) -> Run:  # noqa: B008
+def trained(directory: Path, *components: Hook, levers: Levers = PLAIN, kind: type[Objective] = Objective) -> Run:
     """After ten steps with all of them on."""
     run = make_run(directory, lambda _: components, steps=10, levers=levers, kind=kind, settings={"worth": 1e9})
     run.fit()
@@ -85,22 +79,44 @@ def test_no_gradient_is_left(tmp_path: Path) -> None:
 
 
 # --- what is found ----------------------------------------------------------------------------------------------------
-def test_a_slow_component_shows_in_seconds_and_a_harmful_one_in_the_loss(tmp_path: Path) -> None:
-    """``slow`` sleeps 20 ms in each pass; ``harmful`` was trained with, and is helpful now."""
-    slow, useful = Hook("slow", rest), Hook("useful", lambda x, stage: -x)
-    run = trained(tmp_path, slow, useful)
+def test_seconds_are_compared_within_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``slow`` takes a second more than the other two; all passes take longer and longer, by a tenth of a second."""
+    clock = Clock(monkeypatch)
+    passes = 0
+
+    def rest(x: Tensor, stage: int) -> Tensor:
+        clock.now += 1.0
+        return x
+
+    def seconds(levers: Levers) -> float:
+        nonlocal passes
+        passes += 1
+        return 2.0 + 0.1 * passes
+
+    slow, quick = Hook("slow", rest), Hook("quick")
+    run = trained(tmp_path, slow, quick, kind=clock.objective(seconds))
+    passes = 0
     timings, failures = step_timings(run.trainer, run.controller.active())
     assert failures == {}
-    assert timings["slow"].seconds - timings["slow"].without > 0.015
-    assert timings["slow"].speedup < 0.8 and timings["slow"].slowdown == 1 / timings["slow"].speedup
-    quality = validation_shares(run.trainer, run.controller.active())
-    assert quality["useful"] < -0.05  # nats: the model was trained with it
-    useful.change = lambda x, stage: -5 * x.flip(-1)
-    assert validation_shares(run.trainer, run.controller.active())["useful"] > 0.5
+    # Three passes a round, to and fro: with both 1 6 7 12, without slow 2 5 8 11, without quick 3 4 9 10.
+    assert timings["slow"].seconds == pytest.approx(3.7) and timings["slow"].without == pytest.approx(2.8)
+    assert timings["slow"].speedup == pytest.approx(3.1 / 4.2)  # the last round's is the median
+    assert timings["slow"].slowdown == pytest.approx(4.2 / 3.1)
+    assert timings["quick"].without == pytest.approx(3.9) and timings["quick"].speedup == pytest.approx(4.0 / 4.2)
+
+
+def test_a_share_is_the_loss_with_minus_the_loss_without(tmp_path: Path) -> None:
+    """The model was trained with ``turned``, so its loss is lower with it; higher with the opposite instead."""
+    turned = Hook("turned", lambda x, stage: -x)
+    run = trained(tmp_path, turned)
+    turned.own.data.zero_()
+    share = validation_shares(run.trainer, run.controller.active())["turned"]
     with_it = run.trainer.validate(limit_rows=16).loss
-    with ComponentSwitch(useful, [useful.own]).without():
+    with ComponentSwitch(turned, [turned.own]).without():
         without = run.trainer.validate(limit_rows=16).loss
-    assert validation_shares(run.trainer, run.controller.active())["useful"] == pytest.approx(with_it - without)
+    assert share == with_it - without < -0.05
+    turned.change = lambda x, stage: 50 * x
+    assert validation_shares(run.trainer, run.controller.active())["turned"] > 0.5
 
 
 def test_only_what_is_on_is_measured_and_validated_in_bounds(tmp_path: Path) -> None:
@@ -115,35 +131,26 @@ def test_only_what_is_on_is_measured_and_validated_in_bounds(tmp_path: Path) -> 
     assert step_timings(run.trainer, []) == ({}, {}) and validation_shares(run.trainer, []) == {}
 
 
-class Compiled(Objective):
-    """Which code runs is all that is asked here: compiling would take longer than the rest of the file."""
+def test_nothing_but_compiling_is_measured_in_compiled_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which code runs is all that is asked: compiling it would take longer than the rest of the file."""
+    seen: list[Levers] = []
+    monkeypatch.setattr(Objective, "_compiled", lambda self, name, module: module)
 
-    seen: list[Levers]
+    def seconds(levers: Levers) -> float:
+        seen.append(levers)
+        return 3.0 if levers.compiled else 2.0 if levers.linear_cross_entropy else 1.0
 
-    def forward(self, rows: Tensor) -> TokenLoss:
-        self.__dict__.setdefault("seen", []).append(self.levers)
-        return super().forward(rows)
-
-    def _compiled(self, name: str, module: torch.nn.Module) -> torch.nn.Module:
-        time.sleep(0.02)
-        return module
-
-
-def test_nothing_but_compiling_is_measured_in_compiled_code(tmp_path: Path) -> None:
     levers = Levers(linear_cross_entropy=True, compiled=True)
-    run = trained(tmp_path, Hook("hook"), levers=levers, kind=Compiled)
-    objective = run.trainer.objective
-    assert isinstance(objective, Compiled)
-    objective.seen.clear()
+    run = trained(tmp_path, Hook("hook"), levers=levers, kind=Clock(monkeypatch).objective(seconds))
+    seen.clear()
     timings, failures = step_timings(run.trainer, run.controller.active())
-    assert timings.keys() == {"hook", "loss", COMPILE} and failures == {}
-    assert timings[COMPILE].slowdown > 2
-    assert {seen for seen in objective.seen if seen.compiled} == {levers}
-    assert sum(seen.compiled for seen in objective.seen) == ROUNDS + 1
-    objective.seen.clear()
+    assert failures == {}
+    assert {name: t.speedup for name, t in timings.items()} == {"hook": 1.0, "loss": 0.5, COMPILE: pytest.approx(2 / 3)}
+    assert [levers for levers in seen if levers.compiled] == [levers] * (ROUNDS + 1)
+    seen.clear()
     assert validation_shares(run.trainer, run.controller.active()).keys() == {"hook", "loss"}
-    assert not any(seen.compiled for seen in objective.seen)
-    assert objective.levers == levers
+    assert seen and not any(levers.compiled for levers in seen)
+    assert run.trainer.objective.levers == levers
 
 
 class NeedsIt(Objective):
@@ -174,9 +181,14 @@ def test_levers(name: str) -> None:
     before = objective.levers
     others = [LeverSwitch(objective, other) for other in LEVER_NAMES if other != name]
     lever = LeverSwitch(objective, name)
-    with pytest.raises(ZeroDivisionError), lever.without():
-        assert not lever.on and all(other.on for other in others)
-        _ = 1 / 0
+
+    def measure() -> None:
+        with lever.without():
+            assert not lever.on and all(other.on for other in others)
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        measure()
     assert lever.on and objective.levers == before
     lever.off()
     with lever.without():
@@ -193,9 +205,13 @@ def test_a_component_is_restored_when_measuring_fails() -> None:
     hook = Hook("hook")
     hook.activate()
     own, switch = hook.own.detach().clone(), ComponentSwitch(hook, [hook.own])
-    with pytest.raises(ZeroDivisionError), switch.without():
-        assert not switch.on
-        with torch.no_grad():
-            hook.own.fill_(math.nan)
-        _ = 1 / 0
+
+    def measure() -> None:
+        with switch.without():
+            assert not switch.on
+            hook.own.data.fill_(math.nan)
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        measure()
     assert switch.on and torch.equal(hook.own, own) and hook.activations == 1

@@ -143,7 +143,7 @@ def test_an_unknown_name_at_any_level_is_refused_with_the_nearest(tmp_path: Path
 
 
 def test_a_name_like_no_other_has_no_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="xyzzy: there is no such setting$"):
+    with pytest.raises(ConfigError, match=r"xyzzy: there is no such setting$"):
         read_config(write(tmp_path, LEAST + "xyzzy: 1\n"))
 
 
@@ -266,7 +266,7 @@ def test_a_change_below_a_value(tmp_path: Path, change: str) -> None:
 
 
 def test_an_unknown_name_in_a_change(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="optimization.step: there is no such setting, the nearest is 'steps'"):
+    with pytest.raises(ConfigError, match=r"optimization\.step: there is no such setting, the nearest is 'steps'"):
         read_config(write(tmp_path, LEAST), ["optimization.step=3"])
 
 
@@ -298,7 +298,7 @@ def test_files_that_hold_no_settings(tmp_path: Path, text: str | bytes, message:
 
 def test_a_name_given_twice(tmp_path: Path) -> None:
     """The last would win silently."""
-    with pytest.raises(ConfigError, match="'seed' is given twice"):
+    with pytest.raises(ConfigError, match=r"seed.* is given twice in .* line 2"):
         read_config(write(tmp_path, "seed: 1\nseed: 2\n" + LEAST))
 
 
@@ -320,7 +320,7 @@ def test_a_reference_is_what_it_refers_to(tmp_path: Path) -> None:
 
 
 def test_deep_nesting(tmp_path: Path) -> None:
-    deep = "[" * 5000 + "]" * 5000
+    deep = "[" * 1500 + "]" * 1500
     with pytest.raises(ConfigError, match=r"run\.yaml.*nested too deeply"):
         read_config(write(tmp_path, f"output: {deep}"))
     with pytest.raises(ConfigError, match="is no YAML value"):

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ryzen_compile.api import optimize, rewrite
 from ryzen_compile.config import Recipe
-from ryzen_compile.errors import ModelError, UnsupportedError, UsageError
+from ryzen_compile.errors import ConfigError, ModelError, UnsupportedError, UsageError
 from ryzen_compile.numerics.blockwise import BITS, BLOCKS, BlockFormat, BlockTensor
 from ryzen_compile.numerics.search.rtn import round_to_nearest
 from ryzen_compile.train.config import QatSettings
@@ -356,9 +356,23 @@ class Sliced(nn.Module):
         return functional.linear(x, self.both[16:])
 
 
+class Summed(nn.Module):
+    """A table that something else reads as well: the export leaves it as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block_size = 32
+        self.wte = nn.Embedding(VOCAB, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.wte(ids) * self.wte.weight.sum()
+
+
 def test_models_that_cannot_be_trained_so() -> None:
     with pytest.raises(UnsupportedError, match=r"computed from both; expected a parameter"):
         QatComponent(QatSettings()).prepare(Sliced())
+    with pytest.raises(ConfigError, match="Summed has no weights"):
+        QatComponent(QatSettings()).prepare(Summed())
     model = NanoDecoder(layers=1)
     prepared(model)
     with pytest.raises(UsageError, match="already"):

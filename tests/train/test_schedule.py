@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import get_args
 
 import pytest
@@ -34,7 +35,7 @@ def test_it_rises_to_the_peak_and_never_again(kind: str, steps: int, warmup: int
     assert all(0 <= share <= 1 for share in shares)
     rise, rest = shares[:warmup], shares[warmup:]
     assert rise == [(step + 1) / warmup for step in range(len(rise))]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(rest, rest[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(rest))
     assert all(share >= last - 1e-12 for share in rest)
     if rest:
         assert rest[0] == 1

@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from ryzen_compile.train import ablation
 from ryzen_compile.train.checkpoint import Checkpoints, Snapshot
 from ryzen_compile.train.component import Component, ComponentFacts
 from ryzen_compile.train.config import parse_config
@@ -21,6 +24,7 @@ from ryzen_compile.train.metrics import MetricsCollector
 from ryzen_compile.train.objective import Levers, Objective
 from ryzen_compile.train.optimizer import hidden_matrices, make_optimizers
 from ryzen_compile.train.plan import Rows, make_plan
+from ryzen_compile.train.token_loss import TokenLoss
 
 VOCAB, LENGTH = 64, 16
 PLAIN = Levers()
@@ -111,6 +115,26 @@ class Hook:
 
     def recipe_changes(self) -> Mapping[str, Any]:
         return {}
+
+
+class Clock:
+    """In place of the clock that steps are timed by: passes say how many seconds they take, so that a busy machine
+    fails no test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(ablation, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def objective(self, seconds: Callable[[Levers], float]) -> type[Objective]:
+        """One whose passes take so long."""
+        clock = self
+
+        class Timed(Objective):
+            def forward(self, rows: Tensor) -> TokenLoss:
+                clock.now += seconds(self.levers)
+                return super().forward(rows)
+
+        return Timed
 
 
 def explode(x: Tensor, stage: int) -> Tensor:

@@ -1,0 +1,70 @@
+"""The model card of a training run: what was trained, on what, how, and what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ryzen_compile.manifest import shown
+
+if TYPE_CHECKING:
+    from ryzen_compile.train.config import Mode, TextSource, TrainConfig
+    from ryzen_compile.train.documents import Corpus
+    from ryzen_compile.train.loop import TrainingResult
+    from ryzen_compile.train.plan import Rows
+
+
+def model_card(config: TrainConfig, mode: Mode, result: TrainingResult, model: Any, corpus: Corpus, rows: Rows) -> str:
+    """Markdown with Hugging Face's metadata in front. Every number is the run's own."""
+    tokens = len(rows.train) * rows.length
+    facts = {
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "architecture": model.config.model_type,
+        "trained on": f"{result.tokens:,} tokens, {result.tokens / tokens:.2f} passes over {tokens:,} tokens in "
+        f"{len(corpus.train):,} documents of {_source(config.data.train)}",
+        "context while training": f"{rows.length} tokens",
+        "held-out loss": f"**{result.validation.loss:.4f} nats per token** over {len(rows.validation) * rows.length:,} "
+        f"tokens in {len(corpus.validation)} documents, float32; accuracy {result.validation.accuracy:.1%}",
+        "held-out documents": ", ".join(f"`{name}`" for name in _names(corpus)),
+        "loss of the last step": f"{result.train_loss:.4f} nats per token",
+        "mode": f"{mode}, {result.tokens_per_second:,.0f} tokens per second (median of a step), "
+        f"{result.seconds / 60:.0f} minutes",
+        "corpus SHA-256": f"`{corpus.digest}`",
+    }
+    if config.passes.distill is not None:
+        facts["agreement with its teacher"] = (
+            f"{result.validation.agreement:.1%} of held-out tokens have the same first guess as "
+            f"`{Path(config.passes.distill.teacher).name}`'s"
+        )
+    settings = config.model_dump(mode="json", exclude_unset=True)
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"tags: [{model.config.model_type}, ryzen_compile]",
+        "---",
+        f"# {Path(config.output).name}",
+        "",
+        "Trained by `ryzen-compile train` with the settings below.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in facts.items()),
+        "",
+        "```yaml",
+        yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _source(source: TextSource) -> str:
+    if source.dataset is not None:
+        return f"the dataset {shown(source.dataset)}" + (f" ({source.subset})" if source.subset else "")
+    return shown(Path(str(source.path)).name)
+
+
+def _names(corpus: Corpus) -> list[str]:
+    names = [document.name for document in corpus.validation]
+    return names if len(names) <= 20 else [*names[:20], f"and {len(names) - 20} more"]

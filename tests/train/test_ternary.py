@@ -1,0 +1,248 @@
+"""Linears trained with weights of -1, 0 and +1: the operator's values, straight gradients, and an exact export."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ryzen_compile import ops
+from ryzen_compile.api import rewrite
+from ryzen_compile.config import Recipe
+from ryzen_compile.errors import ConfigError, ModelError
+from ryzen_compile.numerics import ternary as packing
+from ryzen_compile.numerics.blockwise import BlockTensor
+from ryzen_compile.train.config import TernarySettings
+from ryzen_compile.train.ternary import TernaryComponent, round_activations, ternarize
+from tests.model_directory import case_named
+from tests.zoo import VOCAB, NanoDecoder, build
+
+IDS = torch.randint(3, VOCAB, (3, 21), generator=torch.Generator().manual_seed(3))
+
+
+def decoder() -> nn.Module:
+    torch.manual_seed(0)
+    return NanoDecoder(width=32, layers=1)
+
+
+def conv_decoder() -> nn.Module:
+    return build(case_named("gpt2", n_layer=1))
+
+
+def prepared(model: nn.Module) -> TernaryComponent:
+    component = TernaryComponent(TernarySettings())
+    assert component.prepare(model) == []
+    return component
+
+
+def logits(model: nn.Module) -> Tensor:
+    result = model(IDS)
+    return getattr(result, "logits", result)
+
+
+def nmse(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).square().sum() / want.double().square().sum())
+
+
+def test_codes_and_scale() -> None:
+    w = torch.tensor([[2.0, -0.4, 0.6], [-1.0, 0.0, 2.0]])  # mean |w| = 1
+    codes, scale = ternarize(w)
+    assert float(scale) == 1 and codes.tolist() == [[1, 0, 1], [-1, 0, 1]]
+    codes, scale = ternarize(torch.zeros(2, 3))
+    assert float(scale) > 0 and not codes.any()
+    x = torch.tensor([[127.0, 0.4, -63.6], [0.0, 0.0, 0.0]])
+    assert round_activations(x).tolist() == [[127, 0, -64], [0, 0, 0]]
+    assert round_activations(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("make", [decoder, conv_decoder], ids=["linears", "transposed weights"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_layer_computes_what_the_operator_does(make, dtype: torch.dtype) -> None:
+    """NMSE 1e-12, and 1e-28 where both compute in float64; without rounding it is 1e-3 and more away."""
+    model = make()
+    component = prepared(model)
+    component.activate()
+    for layer, _ in component._ternary:
+        module = copy.deepcopy(layer.module).to(dtype)
+        codes, scale = ternarize(layer.weight.rows.to(dtype))
+        width = codes.shape[1]
+        x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(width), dtype=dtype)
+        x[0, 0] = 0
+        want = ops.linear_ternary(x, packing.pack(codes), scale)
+        want = want if module.bias is None else want + module.bias.to(dtype)
+        with torch.no_grad():
+            assert nmse(module(x), want) < (1e-12 if dtype == torch.float32 else 1e-28), layer.name
+            plain = functional.linear(x, layer.weight.rows.to(dtype), module.bias)
+            assert nmse(plain, want) > 1e-3
+
+
+def test_head_and_table_stay_as_they_are() -> None:
+    model = decoder()
+    component = prepared(model)
+    component.activate()
+    names = {layer.name for layer, _ in component._ternary}
+    assert names == {f"blocks.0.{name}" for name in ("qkv", "out", "up", "down")}
+    assert model.head.weight is model.wte.weight and isinstance(model.wte.weight, nn.Parameter)
+    for name in names:
+        assert len(model.get_submodule(name).weight.unique()) == 3
+
+
+def test_gradients_go_straight_through() -> None:
+    """Of weight and input: those of a plain product of the rounded ones."""
+    model = decoder()
+    component = prepared(model)
+    component.activate()
+    module = model.blocks[0].up
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    module(x).sin().sum().backward()
+    latent = module.parametrizations.weight.original
+    codes, scale = ternarize(latent.detach())
+    rounded = [(codes * scale).requires_grad_(), round_activations(x.detach()).requires_grad_()]
+    functional.linear(rounded[1], rounded[0], module.bias).sin().sum().backward()
+    assert torch.equal(latent.grad, rounded[0].grad) and torch.equal(x.grad, rounded[1].grad)
+
+
+def test_off_on_and_off_again() -> None:
+    model = decoder()
+    with torch.no_grad():
+        before = logits(model)
+        identities = [id(p) for p in model.parameters()]
+        component = prepared(model)
+        assert torch.equal(logits(model), before) and {id(p) for p in model.parameters()} == set(identities)
+        component.activate()
+        assert nmse(logits(model), before) > 1e-3
+        component.deactivate()
+        assert torch.equal(logits(model), before)
+
+
+def test_detaching_bakes_what_is_on() -> None:
+    """Names, classes, parameters and hooks as before; a copy can be detached alone; what is off keeps its weights."""
+    model = decoder()
+    names = dict(model.named_parameters(remove_duplicate=False))
+    classes = [type(module) for module in model.modules()]
+    before = {name: p.detach().clone() for name, p in names.items()}
+    component = prepared(model)
+    component.activate()
+    twin = copy.deepcopy(model)
+    component.detach(twin)
+    assert set(twin.state_dict()) == set(model.state_dict()) - {
+        name for name in model.state_dict() if "parametrizations" in name
+    } | {name for name in names if name.startswith("blocks.0.") and name.endswith("weight") and "norm" not in name}
+    with torch.no_grad():
+        assert nmse(logits(twin), logits(model)) > 1e-7  # activations are rounded in the one that goes on
+    component.detach(model)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert set(after) == set(names) and all(after[name] is names[name] for name in names)
+    assert [type(module) for module in model.modules()] == classes
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    for name, value in after.items():
+        if name in {f"{layer.name}.weight" for layer, _ in component._ternary}:
+            codes, scale = ternarize(before[name])
+            assert torch.equal(value, codes * scale), name
+        else:
+            assert torch.equal(value, before[name]), name
+    plain = decoder()
+    prepared(plain).detach(plain)
+    assert all(torch.equal(p, before[name]) for name, p in plain.named_parameters())
+
+
+@pytest.mark.parametrize("make", [decoder, conv_decoder], ids=["linears", "transposed weights"])
+def test_the_export_holds_baked_weights_exactly(make) -> None:
+    """Through the changed recipe, in 2 bits, to the bit; table and head stay float32. Rounded to nearest they are not
+    (the negative control)."""
+    model = make()
+    component = prepared(model)
+    component.activate()
+    component.detach(model)
+    weights = component.recipe_changes()["weights"]
+    matrices = {layer.weight.rows.numpy().tobytes() for layer, _ in component._ternary}
+    for changed, exact in ((weights, True), (weights.model_copy(update={"method": "rtn"}), False)):
+        program, _ = rewrite(model, Recipe(weights=changed), backend="eager", verify=False)
+        held = []
+        for node in program.graph.nodes:
+            assert "embedding_nbits" not in str(node.target)
+            if "linear_nbits" in str(node.target):
+                codes, scales = (program.weights[node.args[i].name] for i in (1, 2))
+                width = node.args[0].meta["val"].shape[-1]
+                values = BlockTensor.stored(codes, scales, None, *node.args[5:7], width).dequantize()
+                held.append((values + 0.0).numpy().tobytes() in {_plus(m) for m in matrices})
+                assert node.args[5] == 2
+        assert len(held) == len(matrices) == 4
+        assert all(held) if exact else not any(held)
+
+
+def _plus(values: bytes) -> bytes:
+    """Zeros of either sign are one value."""
+    return (torch.frombuffer(bytearray(values), dtype=torch.float32) + 0.0).numpy().tobytes()
+
+
+def test_compiled_without_a_break() -> None:
+    model = decoder()
+    component = prepared(model)
+    component.activate()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = []
+    for each in (model, compiled):
+        model.zero_grad()
+        out = each(IDS)
+        out.square().mean().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs, mine)
+    torch._dynamo.reset()
+
+
+def test_training_lowers_the_ternary_loss() -> None:
+    model = decoder()
+    component = prepared(model)
+    component.activate()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = functional.cross_entropy(logits(model)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_facts_and_state() -> None:
+    model = decoder()
+    component = prepared(model)
+    total = 4 * sum(p.numel() for p in model.parameters())
+    stored, error, square = total, 0.0, 0.0
+    for layer, _ in component._ternary:
+        codes, scale = ternarize(layer.weight.rows)
+        stored += packing.pack(codes).nbytes + scale.nbytes - 4 * codes.numel()
+        error += float((codes * scale - layer.weight.rows).double().square().sum())
+        square += float(layer.weight.rows.double().square().sum())
+    facts = component.facts()
+    assert facts.ratio == pytest.approx(total / stored) and facts.ratio > 2
+    assert facts.error == pytest.approx(error / square) and 0 < facts.error < 1
+    assert not component.tighten() and not component.relax()
+    component.activate()
+    again = prepared(decoder())
+    again.restore(*component.state())
+    assert again.active and all(ternary.active for _, ternary in again._ternary)
+    with pytest.raises(ModelError, match="expected whether it is active"):
+        again.restore({}, {})
+
+
+def test_a_model_without_linears_is_refused() -> None:
+    class Lookups(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block_size = 32
+            self.wte = nn.Embedding(VOCAB, 16)
+            self.head = nn.Linear(16, VOCAB)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.wte(ids).sin())
+
+    with pytest.raises(ConfigError, match="Lookups has no linear layers beside its head"):
+        prepared(Lookups())
