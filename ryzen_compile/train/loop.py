@@ -132,12 +132,7 @@ class Trainer:
         stopped, loss = "finished", math.nan
         with Interruption() as interruption:
             while self.step < self.plan.steps and stopped == "finished":
-                self.controller.before_step(self.step, self.plan.steps)
-                metrics = self._train_step()
-                self.step += 1
-                loss = metrics.loss
-                self._record(metrics)
-                self.controller.after_step(self, metrics)
+                loss = self.advance().loss
                 stopped = self._after_step()
                 if interruption.asked:
                     self.save()
@@ -153,6 +148,19 @@ class Trainer:
             self.seconds,
             stopped,
         )
+
+    def advance(self) -> BatchMetrics:
+        """One step, without what may be due behind it."""
+        self.controller.before_step(self.step, self.plan.steps)
+        metrics = self._train_step()
+        self.step += 1
+        self._record(metrics)
+        self.controller.after_step(self, metrics)
+        return metrics
+
+    def wait_for_everyone(self) -> None:
+        """Until all processes are here."""
+        self._accelerator.wait_for_everyone()
 
     def _after_step(self) -> str:
         """Whatever is due; "early" when validation says that it is enough."""
@@ -259,9 +267,15 @@ class Trainer:
     def _score(self, rows: Tensor) -> Scores:
         sums, counted = torch.zeros(3, dtype=torch.float64), 0
         processes, mine = self._accelerator.num_processes, self._accelerator.process_index
-        for batch in rows[mine::processes].split(self.plan.batch):
-            scores = self._module(batch.long().to(self._accelerator.device))
+        # All processes run equally many passes, or those that are through would be waited for: one without rows left runs
+        # others', which count nothing.
+        passes = -(-len(rows) // (processes * self.plan.batch))
+        for index in range(passes):
+            batch = rows[mine::processes][index * self.plan.batch : (index + 1) * self.plan.batch]
             tokens = len(batch) * self.plan.length
+            scores = self._module((batch if tokens else rows[:1]).long().to(self._accelerator.device))
+            if not tokens:
+                continue
             found = torch.stack([scores.text.double() * tokens, scores.correct.double(), scores.agreed.double()])
             sums, counted = sums + found.cpu(), counted + tokens
         total = self._mean(torch.cat([sums, torch.tensor([float(counted)], dtype=torch.float64)]))
@@ -272,7 +286,7 @@ class Trainer:
         if self._collector is not None:
             self._hear(self._collector.validation(self.step, scores.loss, scores.accuracy))
         self._tell(f"step {self.step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}")
-        if self._samples is not None and self._accelerator.is_main_process:
+        if self._samples is not None:
             self._samples(self.step)
         self.controller.validated(self.step, *scores)
         stopping = self.config.early_stopping

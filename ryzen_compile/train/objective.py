@@ -82,8 +82,8 @@ class Objective(nn.Module):
         return all(self._is_product(model, rows[:1]) for model in models)
 
     def _is_product(self, model: Any, rows: Tensor) -> bool:
-        head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or head.bias is not None:
+        head: Any = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
             return False
         ids, labels = rows[:, :-1], rows[:, 1:].reshape(-1)
         training = model.training

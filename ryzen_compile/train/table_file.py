@@ -53,6 +53,7 @@ def save_table(path: str | Path, name: str, tensor: CodebookTensor, table: Tenso
 
     Raises ``UsageError`` for a table of another shape, ``ResourceError`` where the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     error = table_quality(table.detach().float().cpu(), tensor.decode().cpu()).relative_error
@@ -69,8 +70,8 @@ def save_table(path: str | Path, name: str, tensor: CodebookTensor, table: Tenso
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensor.tensors.items()}
     try:
         save_file(tensors, str(path), metadata={FORMAT: json.dumps(facts)})
-    except OSError as fault:
-        raise ResourceError(f"cannot write {shown_path(path)}: {fault.strerror}") from fault
+    except (OSError, SafetensorError) as fault:
+        raise ResourceError(f"cannot write {shown_path(path)}: {fault}") from fault
 
 
 def load_table(path: str | Path) -> TrainedTable:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,13 @@ from ryzen_compile.train.config import Mode, TrainConfig
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ryzen_compile.train.checkpoint import Checkpoints, Snapshot
+    from ryzen_compile.train.component import Component
     from ryzen_compile.train.documents import Corpus
-    from ryzen_compile.train.loop import TrainingResult, Watcher
+    from ryzen_compile.train.loop import Trainer, TrainingResult, Watcher
+    from ryzen_compile.train.metrics import MetricsCollector
     from ryzen_compile.train.objective import Levers, Objective
     from ryzen_compile.train.plan import Rows
 
@@ -60,6 +63,19 @@ class Text:
     rows: Rows
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to begin, or to go on behind ``snapshot``; ``collector`` is the main process's."""
+
+    directory: Path
+    trainer: Trainer
+    model: PreTrainedModel
+    text: Text
+    components: Sequence[Component]
+    snapshot: Snapshot | None
+    collector: MetricsCollector | None
+
+
 def train(
     config: TrainConfig, mode: Mode = "optimized", *, resume: bool = False, watcher: Watcher | None = None
 ) -> FinishedRun:
@@ -69,6 +85,25 @@ def train(
     optimized run on a little text, to see whether everything is there. Run under torchrun or accelerate launch it
     shares the work. Raises an error of :mod:`ryzen_compile.errors`.
     """
+    from ryzen_compile.workflow.card import model_card
+    from ryzen_compile.workflow.trained_model import save_trained
+
+    with open_run(config, mode, resume=resume, watcher=watcher) as run:
+        finished = FinishedRun(run.directory, mode, run.trainer.fit(run.snapshot))
+        if run.collector is not None:
+            card = model_card(config, mode, finished.result, run.model, run.text.corpus, run.text.rows)
+            target = run.directory / MODEL
+            save_trained(run.model, run.text.tokenizer, run.components, target, config.save_dtype, card)
+            run.collector.finish(finished.summary())
+        run.trainer.wait_for_everyone()
+    return finished
+
+
+@contextmanager
+def open_run(
+    config: TrainConfig, mode: Mode = "optimized", *, resume: bool = False, watcher: Watcher | None = None
+) -> Iterator[Run]:
+    """Everything that ``train`` needs, made and joined; records are closed at the end. Raises as ``train`` does."""
     import torch
 
     from ryzen_compile.train.checkpoint import Checkpoints
@@ -80,56 +115,52 @@ def train(
     from ryzen_compile.train.objective import Objective
     from ryzen_compile.train.optimizer import hidden_matrices, make_optimizers
     from ryzen_compile.train.plan import make_plan
-    from ryzen_compile.workflow.card import model_card
     from ryzen_compile.workflow.exported import exported_speed
-    from ryzen_compile.workflow.trained_model import save_trained
+    from ryzen_compile.workflow.samples import Samples
 
     accelerator = _accelerator(config, mode)
+    main = accelerator.is_main_process
+    watcher = watcher if main else None
     directory = Path(config.output) / mode
     checkpoints = Checkpoints(directory / CHECKPOINTS, keep=config.checkpoint.keep, best=config.checkpoint.best)
     snapshot = _snapshot(checkpoints, directory, resume, watcher)
     torch.manual_seed(config.seed)
     text = prepare_text(config, watcher)
-    tokenizer, rows = text.tokenizer, text.rows
-    plan = make_plan(config, mode, rows, accelerator.num_processes)
-    model = prepare_model(config.model, tokenizer, config.seed).to(accelerator.device)
+    plan = make_plan(config, mode, text.rows, accelerator.num_processes)
+    model = prepare_model(config.model, text.tokenizer, config.seed).to(accelerator.device)
     hidden = hidden_matrices(model)
     objective = Objective(model, _levers(config, mode, accelerator.device))
-    objective.levers = checked_levers(objective, rows.train[:1].long().to(accelerator.device), watcher)
+    objective.levers = checked_levers(objective, text.rows.train[:1].long().to(accelerator.device), watcher)
+    components = make_components(config.passes, objective, text.tokenizer)
     step = None if not resume else 0 if snapshot is None else snapshot.step
-    main = accelerator.is_main_process
     with closing(MetricsCollector(directory, config.metrics, resume_step=step)) if main else nullcontext() as collector:
         controller = OptimizationController(
-            components := make_components(config.passes, objective, tokenizer),
+            components,
             config.controller,
             model,
             objective,
             collector,
-            partial(_tell, watcher if main else None),
+            partial(_tell, watcher),
             measure_export=partial(exported_speed, components=components) if config.metrics.export else None,
         )
         extra = [parameter for _, own in controller.own_parameters() for parameter in own]
-        optimizers = make_optimizers(model, hidden, extra, config.optimization, fused=mode != "baseline")
         trainer = Trainer(
             config,
             mode,
             objective,
-            optimizers,
+            make_optimizers(model, hidden, extra, config.optimization, fused=mode != "baseline"),
             controller,
-            rows,
+            text.rows,
             plan,
             checkpoints,
             accelerator=accelerator,
             collector=collector,
-            watcher=watcher if main else None,
+            watcher=watcher,
+            samples=None
+            if collector is None or accelerator.num_processes > 1  # a sharded model generates on all of them or on none
+            else Samples(model, text.tokenizer, collector, config.metrics.samples, config.metrics.sample_tokens),
         )
-        finished = FinishedRun(directory, mode, trainer.fit(snapshot))
-        if collector is not None:
-            card = model_card(config, mode, finished.result, model, text.corpus, rows)
-            save_trained(model, tokenizer, components, directory / MODEL, config.save_dtype, card)
-            collector.finish(finished.summary())
-    accelerator.wait_for_everyone()
-    return finished
+        yield Run(directory, trainer, model, text, components, snapshot, collector)
 
 
 def prepare_text(config: TrainConfig, watcher: Watcher | None = None) -> Text:

@@ -1,9 +1,8 @@
-"""Lookups through softly clustered rows: what trains, what an export would store, and a model that is plain when off."""
+"""Lookups through softly clustered rows: what trains, what an export would store, a model that is plain when off."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,7 +116,7 @@ def test_what_the_module_does_to_its_rows_it_goes_on_doing(name: str) -> None:
 
 def test_autocast_does_not_choose_other_codes() -> None:
     model = model_named().eval()
-    component = attached(model, DkmSettings(bits=(8,), cluster_dim=2))
+    component = attached(model, DkmSettings(bits=(6,), cluster_dim=2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rows = model.get_input_embeddings()(IDS)
     assert torch.equal(rows, component.table().rows(IDS))
@@ -130,7 +129,7 @@ def test_rows_of_a_half_precision_model_have_its_type() -> None:
 
 
 # --- clusters ---------------------------------------------------------------------------------------------------------
-FORMS = [CodebookFormat(8, 2), CodebookFormat(1, 8), CodebookFormat(3, 1)]
+FORMS = [CodebookFormat(6, 2), CodebookFormat(1, 8), CodebookFormat(3, 1)]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.bits} bits, {form.dim} weights")
@@ -357,7 +356,8 @@ def test_facts_count_everything(name: str) -> None:
     left = total if name == "tied" else total - 4 * weight(model).numel()
     assert facts.ratio == pytest.approx(total / (left + stored.nbytes))
     assert (facts.ratio < 1) == (name == "tied") == facts.settings["tied"]
-    expected = (stored.decode() - weight(model)).square().sum() / weight(model).square().sum()
+    table = weight(model).detach()
+    expected = (stored.decode() - table).square().sum() / table.square().sum()
     assert facts.error == pytest.approx(float(expected), rel=1e-4)
     assert facts.settings["table_ratio"] == pytest.approx(4 * weight(model).numel() / stored.nbytes)
 
@@ -428,6 +428,7 @@ def test_a_copy_of_the_model_has_codes_of_its_own() -> None:
 
 
 # --- compilers, processes, others that change the table ---------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's own looking around
 def test_compiled_code_follows_the_switch() -> None:
     """The model as compiled (graphs only, no code is made) gives what the model gives: on, off, on again; gradients."""
     model = model_named()
@@ -539,5 +540,5 @@ def test_before_and_after() -> None:
     "settings", [{"bits": ()}, {"bits": (4, 6)}, {"bits": (9,)}, {"temperatures": (0.1, 1.0)}, {"temperatures": (1, 0)}]
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="bits|temperatures"):
+    with pytest.raises(ValueError, match=r"bits|temperatures"):
         DkmSettings(**settings)

@@ -27,7 +27,7 @@ IDS = torch.randint(3, VOCAB, (3, 21), generator=torch.Generator().manual_seed(3
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama tied": ("llama", {"num_hidden_layers": 1, "tie_word_embeddings": True}, "2 bits"),
     "llama": ("llama", {"num_hidden_layers": 1, "tie_word_embeddings": False}, "4 bits"),
-    "transposed weights": ("gpt2", {"n_layer": 1}, "zero points"),
+    "transposed weights": ("gpt2", {"n_layer": 1, "num_hidden_layers": 1}, "zero points"),
     "router without a linear": ("mixtral", {"num_hidden_layers": 1, "num_local_experts": 2}, "wide blocks"),
 }
 SETTINGS = {

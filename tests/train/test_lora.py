@@ -26,7 +26,7 @@ def decoder() -> nn.Module:
 
 
 def conv_decoder() -> nn.Module:
-    return build(case_named("gpt2", n_layer=1))
+    return build(case_named("gpt2", n_layer=1, num_hidden_layers=1))
 
 
 def prepared(model: nn.Module, settings: LoraSettings | None = None) -> tuple[LoraComponent, list[nn.Parameter]]:
@@ -47,7 +47,7 @@ def train(model: nn.Module, parameters: list[nn.Parameter], steps: int = 20) -> 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
@@ -108,6 +108,7 @@ def test_off_it_trains_nothing_and_merges_nothing() -> None:
     component.activate()
     train(model, own, 3)
     component.deactivate()
+    model.zero_grad()
     logits(model).square().mean().backward()
     assert all(p.grad is not None and not p.grad.any() for p in own)
     component.detach(model)
