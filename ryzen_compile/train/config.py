@@ -22,7 +22,8 @@ from ryzen_compile.manifest import shown, shown_path
 Mode = Literal["test", "baseline", "optimized"]
 MODES: tuple[Mode, ...] = ("test", "baseline", "optimized")
 COMPONENTS = ("qat", "ternary", "dkm", "lora", "distill")
-LEVERS = ("precision", "loss", "compile", "optimizer")
+STANDING_IN = ("qat", "ternary", "dkm", "lora")  # passes that compute from other weights than the parameters
+LEVERS = ("precision", "loss", "compile", "operators", "optimizer")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_VALUES = 100_000  # with references spelled out, which a few lines of YAML can make 10^9
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -153,11 +154,14 @@ class ScheduleSettings(Section):
 
 class PrecisionSettings(Section):
     """What products are computed in, in mode "optimized"; master weights and optimizer stay float32. "auto" is bf16
-    where the processor has instructions for it, else fp32. ``compile`` "auto" is yes where a compiler is found."""
+    where the processor has instructions for it, else fp32. ``compile`` "auto" is yes where a compiler is found,
+    ``operators`` "auto" where their kernels run, on a GPU: the model's body as fused operators. They go with
+    ``linear_cross_entropy``, the loss without a batch's logits, and not with passes that stand in for weights."""
 
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto"] | bool = "auto"
     linear_cross_entropy: bool = True
+    operators: Literal["auto"] | bool = "auto"
 
 
 class QatSettings(Section):

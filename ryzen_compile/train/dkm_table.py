@@ -87,6 +87,8 @@ class DkmComponent:
     def activate(self) -> None:
         """Raises ``UsageError`` for weights that are not finite."""
         soft = self._attached()
+        if self.active:
+            return
         if not self._clustered or self._size != self._table_size():
             self._cluster()
         self.active = soft.active = True

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ryzen_compile.train.fused import FusedBackbone
 from ryzen_compile.train.token_loss import Teaching, TokenLoss, token_loss
 
 AGREEMENT = 1e-3  # relative difference of the two losses in float32 that is rounding
@@ -23,11 +24,13 @@ AGREEMENT = 1e-3  # relative difference of the two losses in float32 that is rou
 
 @dataclass(frozen=True)
 class Levers:
-    """``dtype`` of products (float32: no autocast); ``linear_cross_entropy``: never all logits; ``compiled`` code."""
+    """``dtype`` of products (float32: no autocast); ``linear_cross_entropy``: never all logits; ``compiled`` code;
+    fused ``operators`` in place of the model's body, which go with ``linear_cross_entropy``."""
 
     dtype: torch.dtype = torch.float32
     linear_cross_entropy: bool = False
     compiled: bool = False
+    operators: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,14 @@ class Objective(nn.Module):
     @property
     def exact_levers(self) -> Levers:
         """Float32, by the same way through the head."""
-        return replace(self.levers, dtype=torch.float32, compiled=False)
+        return replace(self.levers, dtype=torch.float32, compiled=False, operators=False)
+
+    def fuse(self, device: torch.device) -> None:
+        """Makes the lever ``operators`` possible; the model is on the CPU, and will be on ``device``.
+
+        Raises as ``FusedBackbone`` does.
+        """
+        self._hidden["fused"] = FusedBackbone(self.model).to(device)
 
     def forward(self, rows: Tensor) -> TokenLoss:
         """See the class."""
@@ -99,8 +109,11 @@ class Objective(nn.Module):
         return bool((mine - theirs).abs() <= AGREEMENT * theirs.abs())
 
     def _from_hidden(self, ids: Tensor, labels: Tensor) -> TokenLoss:
-        backbone = self._backbone(self.levers.compiled)
-        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        if self.levers.operators:
+            hidden = self._hidden["fused"](ids, self.levers.dtype, compiled=self.levers.compiled).flatten(0, 1)
+        else:
+            backbone = self._backbone(self.levers.compiled)
+            hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         teaching = None
         if self.teacher is not None:
             taught: Any = self.teacher.model

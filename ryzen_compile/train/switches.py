@@ -28,6 +28,7 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "precision": ("dtype", torch.float32),
     "loss": ("linear_cross_entropy", False),
     COMPILE: ("compiled", False),
+    "operators": ("operators", False),
 }
 LEVER_NAMES = tuple(_FIELDS)
 

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.errors import ConfigError
+from ryzen_compile.errors import CaptureError, ConfigError, UnsupportedError
 from ryzen_compile.manifest import shown_path
-from ryzen_compile.train.config import Mode, TrainConfig
+from ryzen_compile.train.config import Mode, PassSettings, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -127,9 +127,11 @@ def open_run(
     torch.manual_seed(config.seed)
     text = prepare_text(config, watcher)
     plan = make_plan(config, mode, text.rows, accelerator.num_processes)
-    model = prepare_model(config.model, text.tokenizer, config.seed).to(accelerator.device)
+    model = prepare_model(config.model, text.tokenizer, config.seed)
     hidden = hidden_matrices(model)
     objective = Objective(model, _levers(config, mode, accelerator.device))
+    objective.levers = fused_levers(objective, config.passes, accelerator.device, watcher)
+    model.to(accelerator.device)
     objective.levers = checked_levers(objective, text.rows.train[:1].long().to(accelerator.device), watcher)
     components = make_components(config.passes, objective, text.tokenizer)
     step = None if not resume else 0 if snapshot is None else snapshot.step
@@ -212,11 +214,35 @@ def checked_levers(objective: Objective, rows: torch.Tensor, watcher: Watcher | 
     levers = objective.levers
     if levers.linear_cross_entropy and not objective.logits_are_a_product(rows):
         _tell(watcher, "loss without logits: off, the model's logits are more than its head's product")
-        levers = replace(levers, linear_cross_entropy=False)
+        levers = replace(levers, linear_cross_entropy=False, operators=False)
     if levers.compiled and (reason := compiler_works()):
         _tell(watcher, f"compiled code: off, {reason}")
         levers = replace(levers, compiled=False)
     return levers
+
+
+def fused_levers(objective: Objective, passes: PassSettings, device: torch.device, watcher: Watcher | None) -> Levers:
+    """The objective's levers, without fused operators where they cannot be had."""
+    from ryzen_compile.train.config import STANDING_IN
+
+    levers = objective.levers
+    if not levers.operators:
+        return levers
+    reason = next((f"{name} stands in for weights" for name in STANDING_IN if getattr(passes, name) is not None), "")
+    if not levers.linear_cross_entropy:
+        reason = "the loss reads logits"
+    if not reason:
+        try:
+            objective.fuse(device)
+            if device.type == "cuda":
+                from ryzen_compile.kernels import attach
+
+                attach()
+        except (UnsupportedError, CaptureError) as error:
+            reason = error.message
+    if reason:
+        _tell(watcher, f"fused operators: off, {reason}")
+    return replace(levers, operators=not reason)
 
 
 def _levers(config: TrainConfig, mode: Mode, device: torch.device) -> Levers:
@@ -231,7 +257,16 @@ def _levers(config: TrainConfig, mode: Mode, device: torch.device) -> Levers:
         wanted = "bf16" if fast_half(device) else "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
     compiled = config.precision.compile is not False and mode != "test"
-    return Levers(dtype, config.precision.linear_cross_entropy, compiled)
+    operators = config.precision.operators
+    if operators == "auto":
+        operators = device.type == "cuda" and not _kernels_lack()
+    return Levers(dtype, config.precision.linear_cross_entropy, compiled, operators)
+
+
+def _kernels_lack() -> str:
+    from ryzen_compile.kernels import probe
+
+    return probe()[0]
 
 
 def _accelerator(config: TrainConfig, mode: Mode) -> Any:

@@ -296,6 +296,7 @@ def test_switched_off_for_a_measurement_it_goes_on_where_it_was() -> None:
     with torch.no_grad():
         soft(model).codebook.normal_(std=0.1)
     before = component.table()
+    component.activate()  # it is on
     component.deactivate()
     component.advance(0.3)
     component.activate()
@@ -388,6 +389,7 @@ def test_a_restored_component_goes_on_exactly(active: bool) -> None:
         for one in (component, second):
             one.advance(progress)
             one.activate()
+        assert soft(other).codebook.any()  # not clustered anew
         rows = [soft(m).lookup(weight(m), IDS) for m in (model, other)]
         assert torch.equal(*rows)
         assert torch.equal(loss(model), loss(other))

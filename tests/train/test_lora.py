@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from ryzen_compile.errors import ConfigError, ModelError
 from ryzen_compile.train.config import LoraSettings
-from ryzen_compile.train.lora import LoraComponent
+from ryzen_compile.train.lora import LoraComponent, _chosen
 from tests.model_directory import case_named
 from tests.zoo import VOCAB, NanoDecoder, build
 
@@ -52,7 +53,7 @@ def train(model: nn.Module, parameters: list[nn.Parameter], steps: int = 20) -> 
 
 
 @pytest.mark.parametrize("make", [decoder, conv_decoder], ids=["linears", "transposed weights"])
-def test_trained_and_merged(make) -> None:
+def test_trained_and_merged(make: Callable[[], nn.Module]) -> None:
     """The loss falls while nothing but the updates moves; merged, names, classes and identities are those of before,
     and the logits the trained ones to float32 rounding (1e-4)."""
     model = make()
@@ -87,32 +88,34 @@ def test_trained_and_merged(make) -> None:
         torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_copy_is_merged_while_training_goes_on() -> None:
+def test_copies_compiled_and_off() -> None:
+    """A copy is merged while training goes on. Off, nothing is trained and nothing merged, but a step can be made:
+    gradients are there, and zero."""
     model = decoder()
+    before = copy.deepcopy(model.state_dict())
     component, own = prepared(model)
     component.activate()
     train(model, own, 5)
     twin = copy.deepcopy(model)
     component.detach(twin)
-    assert set(twin.state_dict()) == set(decoder().state_dict())
+    assert set(twin.state_dict()) == set(before)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(logits(twin), logits(model), rtol=1e-4, atol=1e-4)
-    assert train(model, own, 5)[-1] > 0
-
-
-def test_off_it_trains_nothing_and_merges_nothing() -> None:
-    """A step can be made all the same: gradients are there, and zero."""
-    model = decoder()
-    before = copy.deepcopy(model.state_dict())
-    component, own = prepared(model)
-    component.activate()
-    train(model, own, 3)
+        on = logits(model)
+        torch.testing.assert_close(logits(twin), on, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(IDS), on)
     component.deactivate()
     model.zero_grad()
-    logits(model).square().mean().backward()
+    off = logits(model)
+    off.square().mean().backward()
     assert all(p.grad is not None and not p.grad.any() for p in own)
+    with torch.no_grad():
+        assert not torch.equal(off, on)
+        torch.testing.assert_close(compiled(IDS), off)
     component.detach(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch._dynamo.reset()
 
 
 def test_targets_choose_layers() -> None:
@@ -129,17 +132,21 @@ def test_targets_choose_layers() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (("qkv", "q_proj"), "target 'q_proj' matches none of 4 linear layers"),
-        (("head",), "target 'head' matches none"),  # the head is none of them
+        (("qkv", "q_proj"), "target 'q_proj' matches none of 2 linear layers"),
         (("(",), "not a regular expression"),
         ((), "expected targets, got none"),
     ],
-    ids=["unknown", "head", "broken", "empty"],
+    ids=["unknown", "broken", "empty"],
 )
 def test_targets_that_choose_none(targets: tuple[str, ...], message: str) -> None:
-    model = decoder()
     with pytest.raises(ConfigError, match=message):
-        prepared(model, LoraSettings(targets=targets))
+        _chosen(["blocks.0.qkv", "blocks.0.up"], targets)
+
+
+def test_the_head_is_no_target() -> None:
+    model = decoder()
+    with pytest.raises(ConfigError, match="target 'head' matches none of 4"):
+        prepared(model, LoraSettings(targets=("head",)))
     assert set(model.state_dict()) == set(decoder().state_dict())
 
 
@@ -169,19 +176,3 @@ def test_facts_and_state() -> None:
         assert torch.equal(logits(again), logits(model))
     with pytest.raises(ModelError, match="expected whether it is active"):
         other.restore({}, {"active": 1})
-
-
-def test_compiled_without_a_break() -> None:
-    model = decoder()
-    component, own = prepared(model)
-    component.activate()
-    train(model, own, 2)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        on = compiled(IDS)
-        torch.testing.assert_close(on, logits(model))
-        component.deactivate()
-        torch.testing.assert_close(compiled(IDS), logits(model))
-        assert not torch.equal(logits(model), on)
-    torch._dynamo.reset()

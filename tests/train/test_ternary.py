@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -38,6 +40,23 @@ def prepared(model: nn.Module) -> TernaryComponent:
     return component
 
 
+@pytest.fixture(scope="module")
+def attached() -> tuple[nn.Module, TernaryComponent]:
+    model = decoder()
+    return model, prepared(model)
+
+
+@pytest.fixture
+def nano(attached: tuple[nn.Module, TernaryComponent]) -> Iterator[tuple[nn.Module, TernaryComponent]]:
+    """A small decoder with its component, off; afterwards as it was."""
+    model, component = attached
+    before = copy.deepcopy(model.state_dict())
+    yield model, component
+    model.load_state_dict(before)
+    model.zero_grad()
+    component.deactivate()
+
+
 def logits(model: nn.Module) -> Tensor:
     result = model(IDS)
     return getattr(result, "logits", result)
@@ -59,13 +78,12 @@ def test_codes_and_scale() -> None:
 
 
 @pytest.mark.parametrize("make", [decoder, conv_decoder], ids=["linears", "transposed weights"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_layer_computes_what_the_operator_does(make, dtype: torch.dtype) -> None:
+def test_a_layer_computes_what_the_operator_does(make: Callable[[], nn.Module]) -> None:
     """NMSE 1e-12, and 1e-28 where both compute in float64; without rounding it is 1e-3 and more away."""
     model = make()
     component = prepared(model)
     component.activate()
-    for layer, _ in component._ternary:
+    for layer, dtype in itertools.product((layer for layer, _ in component._ternary), (torch.float32, torch.float64)):
         module = copy.deepcopy(layer.module).to(dtype)
         codes, scale = ternarize(layer.weight.rows.to(dtype))
         width = codes.shape[1]
@@ -79,9 +97,8 @@ def test_a_layer_computes_what_the_operator_does(make, dtype: torch.dtype) -> No
             assert nmse(plain, want) > 1e-3
 
 
-def test_head_and_table_stay_as_they_are() -> None:
-    model = decoder()
-    component = prepared(model)
+def test_head_and_table_stay_as_they_are(nano: tuple[nn.Module, TernaryComponent]) -> None:
+    model, component = nano
     component.activate()
     names = {layer.name for layer, _ in component._ternary}
     assert names == {f"blocks.0.{name}" for name in ("qkv", "out", "up", "down")}
@@ -90,10 +107,9 @@ def test_head_and_table_stay_as_they_are() -> None:
         assert len(model.get_submodule(name).weight.unique()) == 3
 
 
-def test_gradients_go_straight_through() -> None:
+def test_gradients_go_straight_through(nano: tuple[nn.Module, TernaryComponent]) -> None:
     """Of weight and input: those of a plain product of the rounded ones."""
-    model = decoder()
-    component = prepared(model)
+    model, component = nano
     component.activate()
     module = model.blocks[0].up
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
@@ -105,52 +121,42 @@ def test_gradients_go_straight_through() -> None:
     assert torch.equal(latent.grad, rounded[0].grad) and torch.equal(x.grad, rounded[1].grad)
 
 
-def test_off_on_and_off_again() -> None:
-    model = decoder()
-    with torch.no_grad():
-        before = logits(model)
-        identities = [id(p) for p in model.parameters()]
-        component = prepared(model)
-        assert torch.equal(logits(model), before) and {id(p) for p in model.parameters()} == set(identities)
-        component.activate()
-        assert nmse(logits(model), before) > 1e-3
-        component.deactivate()
-        assert torch.equal(logits(model), before)
-
-
-def test_detaching_bakes_what_is_on() -> None:
-    """Names, classes, parameters and hooks as before; a copy can be detached alone; what is off keeps its weights."""
+def test_off_on_off_and_detached() -> None:
+    """Names, classes, parameters and hooks as before, what is on baked; a copy can be detached alone, and while off it
+    keeps its weights."""
     model = decoder()
     names = dict(model.named_parameters(remove_duplicate=False))
     classes = [type(module) for module in model.modules()]
     before = {name: p.detach().clone() for name, p in names.items()}
-    component = prepared(model)
-    component.activate()
-    twin = copy.deepcopy(model)
-    component.detach(twin)
-    assert set(twin.state_dict()) == set(model.state_dict()) - {
-        name for name in model.state_dict() if "parametrizations" in name
-    } | {name for name in names if name.startswith("blocks.0.") and name.endswith("weight") and "norm" not in name}
     with torch.no_grad():
-        assert nmse(logits(twin), logits(model)) > 1e-7  # activations are rounded in the one that goes on
+        plain = logits(model)
+        component = prepared(model)
+        layers = {f"{layer.name}.weight" for layer, _ in component._ternary}
+        assert torch.equal(logits(model), plain)
+        assert {id(p) for p in model.parameters()} == {id(p) for p in names.values()}
+        component.activate()
+        assert nmse(logits(model), plain) > 1e-3
+        component.deactivate()
+        assert torch.equal(logits(model), plain)
+        twin = copy.deepcopy(model)
+        component.detach(twin)
+        assert torch.equal(logits(twin), plain)
+        component.activate()
+        assert nmse(logits(model), plain) > 1e-3
+    assert {name for name, _ in twin.named_parameters(remove_duplicate=False)} == set(names)
     component.detach(model)
+    for each in (model, twin):
+        assert [type(module) for module in each.modules()] == classes
+        assert not any(module._forward_pre_hooks for module in each.modules())
     after = dict(model.named_parameters(remove_duplicate=False))
     assert set(after) == set(names) and all(after[name] is names[name] for name in names)
-    assert [type(module) for module in model.modules()] == classes
-    assert not any(module._forward_pre_hooks for module in model.modules())
     for name, value in after.items():
-        if name in {f"{layer.name}.weight" for layer, _ in component._ternary}:
-            codes, scale = ternarize(before[name])
-            assert torch.equal(value, codes * scale), name
-        else:
-            assert torch.equal(value, before[name]), name
-    plain = decoder()
-    prepared(plain).detach(plain)
-    assert all(torch.equal(p, before[name]) for name, p in plain.named_parameters())
+        codes, scale = ternarize(before[name])
+        assert torch.equal(value, codes * scale if name in layers else before[name]), name
 
 
 @pytest.mark.parametrize("make", [decoder, conv_decoder], ids=["linears", "transposed weights"])
-def test_the_export_holds_baked_weights_exactly(make) -> None:
+def test_the_export_holds_baked_weights_exactly(make: Callable[[], nn.Module]) -> None:
     """Through the changed recipe, in 2 bits, to the bit; table and head stay float32. Rounded to nearest they are not
     (the negative control)."""
     model = make()
@@ -179,9 +185,8 @@ def _plus(values: bytes) -> bytes:
     return (torch.frombuffer(bytearray(values), dtype=torch.float32) + 0.0).numpy().tobytes()
 
 
-def test_compiled_without_a_break() -> None:
-    model = decoder()
-    component = prepared(model)
+def test_compiled_without_a_break(nano: tuple[nn.Module, TernaryComponent]) -> None:
+    model, component = nano
     component.activate()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -196,9 +201,8 @@ def test_compiled_without_a_break() -> None:
     torch._dynamo.reset()
 
 
-def test_training_lowers_the_ternary_loss() -> None:
-    model = decoder()
-    component = prepared(model)
+def test_training_lowers_the_ternary_loss(nano: tuple[nn.Module, TernaryComponent]) -> None:
+    model, component = nano
     component.activate()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -211,9 +215,8 @@ def test_training_lowers_the_ternary_loss() -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_facts_and_state() -> None:
-    model = decoder()
-    component = prepared(model)
+def test_facts_and_state(nano: tuple[nn.Module, TernaryComponent]) -> None:
+    model, component = nano
     total = 4 * sum(p.numel() for p in model.parameters())
     stored, error, square = total, 0.0, 0.0
     for layer, _ in component._ternary:
