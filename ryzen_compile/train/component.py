@@ -71,7 +71,10 @@ class Component(Protocol):
         ...
 
     def detach(self, model: nn.Module) -> None:
-        """Leaves a plain model whose parameters have the names that they had before ``prepare``."""
+        """Leaves a plain model whose parameters have the names that they had before ``prepare``.
+
+        ``model`` may be a copy of the one that was prepared; then the component goes on with that one.
+        """
         ...
 
     def recipe_changes(self) -> Mapping[str, Any]:

@@ -28,8 +28,8 @@ _FLAT = {0: {1: 1.0, 2: 1.0}}  # seconds of a step of 1, 2, ... tokens behind an
 class DistillComponent:
     """While it is on, ``objective`` has ``teacher_model``, a transformers causal LM, for its teacher.
 
-    The teacher is frozen and put on the model's device; it is no part of checkpoints. What is validated is the text's
-    loss all the same, so this component has no share in a validation loss at the moment it is measured.
+    The teacher is frozen and follows the model to its device; it is no part of checkpoints. What is validated is the
+    text's loss all the same, so this component has no share in a validation loss at the moment it is measured.
     """
 
     name = "distill"
@@ -46,15 +46,14 @@ class DistillComponent:
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         """Raises ``ConfigError`` for a teacher of another vocabulary, and for one whose logits are more than its head's
         product where the loss is to do without them."""
-        device = next(model.parameters()).device
-        self._teacher.requires_grad_(False).eval().to(device)
+        self._teacher.requires_grad_(False).eval()
         theirs, ours = (_vocabulary(part) for part in (self._teacher, model))
         if theirs != ours:
             raise ConfigError(
                 f"distill: the teacher predicts {theirs} tokens, the model {ours}",
                 hint="train the model with the teacher's tokenizer",
             )
-        rows = torch.arange(min(ours, 9), device=device)[None]
+        rows = torch.arange(min(ours, 9), device=next(self._teacher.parameters()).device)[None]
         if self._objective.levers.linear_cross_entropy and not Objective(self._teacher, Levers()).logits_are_a_product(
             rows
         ):
@@ -118,15 +117,17 @@ class DistillComponent:
         self.acceptance = values["acceptance"]
         self._switch(active=values["active"])
 
-    def detach(self, model: nn.Module) -> None:  # noqa: ARG002 - the protocol's
+    def detach(self, model: nn.Module) -> None:
         """Nothing is attached to the model."""
-        self.deactivate()
+        if model is self._objective.model:
+            self.deactivate()
 
     def recipe_changes(self) -> Mapping[str, Any]:
         return {}
 
     def _switch(self, *, active: bool) -> None:
         self.active = active
+        self._teacher.to(next(self._objective.parameters()).device)  # which moved after it was prepared
         teacher = Teacher(self._teacher, self.settings.weight, self.settings.temperature) if active else None
         self._objective.teacher = teacher
 

@@ -76,13 +76,15 @@ class DkmComponent:
         self._name = f"{path}.weight" if path else "weight"
         return list(soft.parameters())
 
-    def detach(self, model: nn.Module) -> None:  # noqa: ARG002 - it knows the module
+    def detach(self, model: nn.Module) -> None:
         """Leaves the weights behind the codes: call ``table`` before for what an export is to store."""
-        if self._soft is not None:
-            del self._embedding.forward
-            delattr(self._embedding, CHILD)
-        self._embedding = self._soft = None
-        self.active = False
+        embedding = _table_module(model)
+        if hasattr(embedding, CHILD):
+            del embedding.forward
+            delattr(embedding, CHILD)
+        if embedding is self._embedding:
+            self._embedding = self._soft = None
+            self.active = False
 
     def activate(self) -> None:
         """Raises ``UsageError`` for weights that are not finite."""

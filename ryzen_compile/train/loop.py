@@ -26,7 +26,7 @@ from ryzen_compile.train.distributed import gathered
 from ryzen_compile.train.interruption import Interruption
 from ryzen_compile.train.metrics import BatchMetrics, MetricsCollector
 from ryzen_compile.train.objective import Objective
-from ryzen_compile.train.plan import TEST_VALIDATION_ROWS, Plan, Rows
+from ryzen_compile.train.plan import Plan, Rows
 from ryzen_compile.train.run_state import (
     component_states,
     model_tensors,
@@ -251,8 +251,6 @@ class Trainer:
         limit = self.config.data.validation_tokens
         if limit is not None and not exact:
             rows = rows[: max(1, limit // self.plan.length)]
-        if self.mode == "test":
-            rows = rows[:TEST_VALIDATION_ROWS]
         rows = rows[:limit_rows]
         if exact:
             self.objective.levers = self.objective.exact_levers
@@ -267,8 +265,8 @@ class Trainer:
     def _score(self, rows: Tensor) -> Scores:
         sums, counted = torch.zeros(3, dtype=torch.float64), 0
         processes, mine = self._accelerator.num_processes, self._accelerator.process_index
-        # All processes run equally many passes, or those that are through would be waited for: one without rows left runs
-        # others', which count nothing.
+        # All processes run equally many passes, or those that are through would be waited for: one without rows left
+        # runs others', which count nothing.
         passes = -(-len(rows) // (processes * self.plan.batch))
         for index in range(passes):
             batch = rows[mine::processes][index * self.plan.batch : (index + 1) * self.plan.batch]

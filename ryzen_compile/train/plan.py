@@ -10,8 +10,7 @@ from ryzen_compile.errors import ConfigError
 from ryzen_compile.train.config import Mode, OptimizationSettings, TrainConfig
 from ryzen_compile.train.packing import RowOrder
 
-TEST_STEPS = 8
-TEST_VALIDATION_ROWS = 4
+TEST_STEPS, TEST_ROWS, TEST_VALIDATION_ROWS = 8, 64, 4  # what mode "test" makes do with
 
 
 @dataclass(frozen=True)

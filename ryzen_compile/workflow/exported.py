@@ -29,9 +29,8 @@ def trained_recipe(components: Sequence[Component]) -> Recipe | None:
 
 def plain_copy(model: nn.Module, components: Sequence[Component]) -> nn.Module:
     """A copy of the model with the components' work in its weights, and none of them attached."""
-    shapers = [component for component in components if component.name != "distill"]
-    twin, theirs = copy.deepcopy((model, shapers))
-    for component in theirs:
+    twin = copy.deepcopy(model)
+    for component in reversed(components):
         component.detach(twin)
     return twin.eval()
 

@@ -40,7 +40,7 @@ def save_trained(
             tables.append((component.table_name, component.table()))
         if isinstance(component, DistillComponent) and component.active:
             model.generation_config.num_assistant_tokens = component.draft_length()
-    for component in components:
+    for component in reversed(components):  # the last attached may stand on those before
         component.detach(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
 

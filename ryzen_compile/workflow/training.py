@@ -125,26 +125,26 @@ def open_run(
     checkpoints = Checkpoints(directory / CHECKPOINTS, keep=config.checkpoint.keep, best=config.checkpoint.best)
     snapshot = _snapshot(checkpoints, directory, resume, watcher)
     torch.manual_seed(config.seed)
-    text = prepare_text(config, watcher)
+    text = prepare_text(config, mode, watcher)
     plan = make_plan(config, mode, text.rows, accelerator.num_processes)
     model = prepare_model(config.model, text.tokenizer, config.seed)
     hidden = hidden_matrices(model)
     objective = Objective(model, _levers(config, mode, accelerator.device))
     objective.levers = fused_levers(objective, config.passes, accelerator.device, watcher)
-    model.to(accelerator.device)
-    objective.levers = checked_levers(objective, text.rows.train[:1].long().to(accelerator.device), watcher)
+    objective.levers = checked_levers(objective, text.rows.train[:1].long(), watcher)
     components = make_components(config.passes, objective, text.tokenizer)
     step = None if not resume else 0 if snapshot is None else snapshot.step
     with closing(MetricsCollector(directory, config.metrics, resume_step=step)) if main else nullcontext() as collector:
         controller = OptimizationController(
             components,
-            config.controller,
+            config.controller.model_copy(update={"ablate": config.controller.ablate and mode != "test"}),
             model,
             objective,
             collector,
             partial(_tell, watcher),
             measure_export=partial(exported_speed, components=components) if config.metrics.export else None,
         )
+        model.to(accelerator.device)  # components read off a capture what they stand in for, which runs on the CPU
         extra = [parameter for _, own in controller.own_parameters() for parameter in own]
         trainer = Trainer(
             config,
@@ -165,19 +165,20 @@ def open_run(
         yield Run(directory, trainer, model, text, components, snapshot, collector)
 
 
-def prepare_text(config: TrainConfig, watcher: Watcher | None = None) -> Text:
+def prepare_text(config: TrainConfig, mode: Mode = "optimized", watcher: Watcher | None = None) -> Text:
     """Reads, tokenizes and packs the text of ``config``. Raises ``ConfigError`` where there is too little of it."""
     from ryzen_compile.train.documents import read_corpus
     from ryzen_compile.train.model import prepare_tokenizer
     from ryzen_compile.train.packing import pack
-    from ryzen_compile.train.plan import Rows
+    from ryzen_compile.train.plan import TEST_ROWS, TEST_VALIDATION_ROWS, Rows
 
     corpus = read_corpus(config.data)
     tokenizer = prepare_tokenizer(config.model, [document.text for document in corpus.train])
     length = config.data.length
+    most, most_validated = (TEST_ROWS * length, TEST_VALIDATION_ROWS * length) if mode == "test" else (None, None)
     rows = Rows(
-        pack([document.text for document in corpus.train], tokenizer, length),
-        pack([document.text for document in corpus.validation], tokenizer, length),
+        pack([document.text for document in corpus.train], tokenizer, length, tokens=most),
+        pack([document.text for document in corpus.validation], tokenizer, length, tokens=most_validated),
     )
     _tell(
         watcher,

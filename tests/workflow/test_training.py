@@ -13,7 +13,8 @@ from torch.nn import functional
 from ryzen_compile.api import optimize
 from ryzen_compile.recipe_file import CODES_NAME, RECIPE_NAME, read_recipe
 from ryzen_compile.train.config import TrainConfig
-from ryzen_compile.workflow.training import FinishedRun, prepare_text, train
+from ryzen_compile.workflow.exported import plain_copy
+from ryzen_compile.workflow.training import FinishedRun, Run, open_run, prepare_text, train
 from tests.train.tiny_run import GPT2_WITH_DROPOUT, tiny_config
 
 pytest.importorskip("accelerate")
@@ -127,3 +128,22 @@ def test_epochs_measure_the_exported_model(tmp_path: Path) -> None:
     assert len(epochs) == 1
     assert epochs[0]["ttft_seconds"] > 0 and epochs[0]["decode_tokens_per_second"] > 0
     assert epochs[0]["compression_ratio"] > 1
+
+
+@pytest.mark.parametrize("name", ["qat", "ternary", "dkm", "lora"])
+def test_a_copy_is_made_plain_and_the_run_goes_on(tmp_path: Path, name: str) -> None:
+    """What is measured as an export is a copy: the model in training keeps what stands in for its weights."""
+    settings = {"qat": {"block": 16}, "dkm": {"bits": [4]}, "lora": {"rank": 2}, "ternary": {}}[name]
+    with open_run(tiny_config(tmp_path, passes={name: settings})) as run:
+        run.trainer.advance()
+        before = run.trainer.validate().loss
+        plain = plain_copy(run.model, run.components)
+        assert [n for n, _ in plain.named_parameters()] == [n for n, _ in build_plain(run).named_parameters()]
+        assert run.trainer.validate().loss == before
+        run.trainer.advance()
+        assert all(component.active for component in run.components)
+
+
+def build_plain(run: Run) -> torch.nn.Module:
+    """A model like the run's that nothing was ever attached to."""
+    return type(run.model)(run.model.config)
