@@ -326,6 +326,9 @@ def text(side: str, args: argparse.Namespace) -> Iterator[Row]:
         curves = measured_curves(model.engine, 512, 15)
         say_curves(side, curves)
         ways = text_ways(bench, curves, corpus, early, args.exit_layers)
+        if args.draft is not None:
+            draft = stack.enter_context(opened(drafting(args), side, args))
+            ways |= draft_ways(bench, curves, draft)
         (other,) = speculative_text.pieces(encode, 1, 300, 300)
         for greedy in (True, False):
             for way in ways.values():  # the first ones allocate and warm up
@@ -361,6 +364,20 @@ def text_ways(
         "suffix": alone(lambda: SuffixDrafter(None)),
         "suffix + corpus": alone(lambda: SuffixDrafter(corpus)),
         f"exit after {layers}": alone(lambda: ModelDrafter.early_exit(early)),
+    }
+
+
+def draft_ways(bench: Bench, curves: dict[int, dict[int, float]], draft: CompiledModel) -> dict[str, Way | object]:
+    """A trained draft model: as far as it pays; four tokens at a time, whether it pays or not; behind a lookup."""
+
+    def drafter() -> Drafter:
+        return ModelDrafter.draft_model(draft.engine, draft.pool)
+
+    own, fixed, both = Experience(curves), Experience(), Experience(curves)
+    return {
+        "draft model": lambda: bench.speculator([drafter()], own),
+        "draft model, K=4": lambda: bench.speculator([drafter()], fixed, 4, fixed=True),
+        "lookup, draft model": lambda: bench.speculator([PromptLookup(), drafter()], both),
     }
 
 
@@ -426,6 +443,11 @@ def tiny(args: argparse.Namespace, recipe: str, kv: str = "fp32") -> Path:
     return Path(args.work / f"tiny-{recipe}-{kv}")
 
 
+def drafting(args: argparse.Namespace) -> Path:
+    """Where the draft model lies, exported."""
+    return Path(args.work / "draft-int8")
+
+
 def shaped(args: argparse.Namespace) -> Path:
     """The artifact of a larger shape; for ``replay`` one whose every token has a clear successor."""
     return Path(args.artifact or args.work / (args.shape + "-decided" * (args.command == "replay")))
@@ -443,6 +465,8 @@ def provide(args: argparse.Namespace) -> None:
     for recipe, kv in unique(wanted):
         if not tiny(args, recipe, kv).exists():
             cli("export", str(MODEL), str(tiny(args, recipe, kv)), "--recipe", recipe, "--kv", kv, "--no-verify")
+    if args.command == "text" and args.draft is not None and not drafting(args).exists():
+        cli("export", str(args.draft), str(drafting(args)), "--recipe", "int8", "--no-verify")
     if args.command in ("random", "replay") and args.artifact is None and not shaped(args).exists():
         prepare(args.shape, "int8", shaped(args), decided=args.command == "replay")
     if args.command in ("text", "random") and args.artifact is None and args.tune:
@@ -586,6 +610,7 @@ def arguments() -> argparse.Namespace:
     of["exact"].add_argument("--fewer", type=int, default=10, help="prompts, for all others")
     of["exact"].add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="recipes and caches")
     of["text"].add_argument("--prompts", type=int, default=32, help="of each kind")
+    of["text"].add_argument("--draft", type=Path, help="a draft model's directory, as examples/tiny-python-draft")
     of["text"].add_argument("--rounds", type=int, default=2)
     of["text"].add_argument("--sampled-rounds", type=int, default=1)
     of["random"].add_argument("--pairs", type=int, default=100)

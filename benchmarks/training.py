@@ -4,9 +4,9 @@
     python benchmarks/training.py qat         rounding to nearest, with and without training for it
     python benchmarks/training.py ternary     ternary linears against float ones, from scratch
     python benchmarks/training.py dkm         a clustered table, with and without training, at equal bytes
-    python benchmarks/training.py draft       acceptance of examples/tiny-python-draft, and what it gains
 
-Run from the repository's root. Each prints its figures and appends them to benchmarks/data/training.csv.
+What the draft model gains, ``benchmarks/speculation.py text --draft examples/tiny-python-draft`` measures. Run from the
+repository's root. Each prints its figures and appends them to benchmarks/data/training.csv.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,11 @@ TURN = 5  # steps of one run before the other has its turn
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("speed", "qat", "ternary", "dkm", "draft"))
+    parser.add_argument("what", choices=("speed", "qat", "ternary", "dkm"))
     parser.add_argument("--steps", type=int, help="of each run")
     args = parser.parse_args()
-    record = {
-        "speed": speed,
-        "qat": qat,
-        "ternary": ternary,
-    }[args.what](args.steps)
-    keep(args.what, record)
+    measure = {"speed": speed, "qat": qat, "ternary": ternary, "dkm": dkm}[args.what]
+    keep(args.what, measure(args.steps))
 
 
 def speed(steps: int | None) -> list[dict[str, Any]]:
@@ -84,40 +80,44 @@ def speed(steps: int | None) -> list[dict[str, Any]]:
 
 
 def qat(steps: int | None) -> list[dict[str, Any]]:
-    """The shipped model rounded as it is, and after training for the rounding; and, so that the rounding is all that
-    differs, the float model after the same training without it."""
-    changes = [] if steps is None else [f"optimization.steps={steps}"]
-    config = settings("qat-int4", changes)
+    """The shipped model rounded to nearest as it is, and after training for it towards its own predictions."""
+    return against(steps, "qat-int4", "rounded", "trained for it")
+
+
+def dkm(steps: int | None) -> list[dict[str, Any]]:
+    """The shipped model's table clustered as it is, by k-means, and after training in the clusters; equal bytes."""
+    return against(steps, "dkm", "clustered", "trained in clusters")
+
+
+def against(steps: int | None, name: str, before: str, after: str) -> list[dict[str, Any]]:
+    """The model exported by the recipe of the trained one, before and after; both against itself in float32."""
+    config = settings(name, [] if steps is None else [f"optimization.steps={steps}"])
     windows = held_out(config)
     reference = ModelScorer(loaded(SHIPPED))
     with tempfile.TemporaryDirectory() as folder:
-        runs = {
-            "trained for it": train(placed(config, Path(folder) / "qat")),
-            "trained in float": train(placed(settings("qat-int4", [*changes, "passes.qat=null"]), Path(folder) / "fp")),
-        }
-        recipe = trained_recipe(runs["trained for it"].directory / "model")
+        run = train(placed(config, Path(folder)))
+        recipe = trained_recipe(run.directory / "model")
         found = {
-            "rounded": compared(SHIPPED, recipe, reference, windows),
-            "trained for it": compared(runs["trained for it"].directory / "model", recipe, reference, windows),
-            "trained in float": compared(runs["trained in float"].directory / "model", "fp32", reference, windows),
-            "trained in float, rounded": compared(
-                runs["trained in float"].directory / "model", recipe, reference, windows
-            ),
+            before: compared(SHIPPED, recipe, reference, windows),
+            after: compared(run.directory / "model", recipe, reference, windows),
         }
-    lost = found["rounded"].ratio.value - 1
-    rows = []
-    for name, quality in found.items():
-        rows.append(
-            {
-                "model": name,
-                "perplexity": quality.perplexity.value,
-                "ratio": quality.ratio.value,
-                "ratio_error": quality.ratio.error,
-                "kl": quality.kl.value,
-                "recovered": 1 - (quality.ratio.value - 1) / lost,
-            }
-        )
-    return rows
+    lost = found[before].ratio.value - 1
+    return [
+        {
+            "model": model,
+            "tokens_trained_on": run.result.tokens if model == after else 0,
+            "tokens": quality.tokens,
+            "perplexity": quality.perplexity.value,
+            "reference_perplexity": quality.reference_perplexity.value,
+            "ratio": quality.ratio.value,
+            "ratio_error": quality.ratio.error,
+            "kl": quality.kl.value,
+            "kl_error": quality.kl.error,
+            "top1": quality.top1.value,
+            "recovered": 1 - (quality.ratio.value - 1) / lost,
+        }
+        for model, quality in found.items()
+    ]
 
 
 def ternary(steps: int | None) -> list[dict[str, Any]]:
@@ -189,7 +189,13 @@ def compared(directory: Path, recipe: Any, reference: ModelScorer, windows: np.n
 def keep(what: str, rows: list[Mapping[str, Any]] | list[dict[str, Any]]) -> None:
     """Prints the rows and appends them, one figure a line, with the machine and the versions."""
     machine = read_machine()
-    facts = [date.today().isoformat(), machine.cpu, torch.get_num_threads(), platform.python_version(), torch.__version__]
+    facts = [
+        datetime.now(UTC).date().isoformat(),
+        machine.cpu.microarchitecture,
+        torch.get_num_threads(),
+        platform.python_version(),
+        torch.__version__,
+    ]
     fresh = not DATA.exists()
     with DATA.open("a", encoding="utf-8", newline="") as stream:
         table = csv.writer(stream)

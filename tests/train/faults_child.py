@@ -1,8 +1,8 @@
 """Training runs that are killed, stopped or run out of disk, each in a fork of a process that has trained once.
 
-One JSON object a line is read from standard input: ``do`` names a function, the rest are its arguments. One is answered:
-``status`` is how the fork ended, as ``subprocess`` counts (-9: killed), ``seconds`` what it took of a processor. Moments
-are counted in that time, which a busy machine does not change.
+One JSON object a line is read from standard input: ``do`` names a function, the rest are its arguments. One is
+answered: ``status`` is how the fork ended, as ``subprocess`` counts (-9: killed), ``seconds`` what it took of a
+processor. Random moments are counted in that time, which a busy machine does not change.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ryzen_compile.train.loop import Scores, Trainer
 from ryzen_compile.train.metrics import MetricsCollector
 from ryzen_compile.train.metrics_schema import CSV_NAME, RECORDS_NAME, REPORT_NAME
 from ryzen_compile.workflow import trained_model, training
-from tests.train.checkpoint_child import OK, SKIPPED, mount_small_disk
+from tests.train.checkpoint_child import OK, mount_small_disk
 from tests.train.tiny_run import tiny_config
 
 Applies = Callable[..., bool]
