@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ryzen_compile.backends import get_backend
 from ryzen_compile.calibration import Calibration, read_calibration
-from ryzen_compile.config import EmbeddingCompression, KVCacheConfig, Recipe, find_recipe
+from ryzen_compile.config import DEFAULT_RECIPE, EmbeddingCompression, KVCacheConfig, Recipe, find_recipe
 from ryzen_compile.errors import ArtifactError, RyzenCompileError, UnsupportedError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME
-from ryzen_compile.recipe_file import CODES_NAME, recipe_for
+from ryzen_compile.recipe_file import CODES_NAME, read_recipe
 from ryzen_compile.runtime.compiled import CompiledModel
 from ryzen_compile.runtime.engine import Engine
 from ryzen_compile.text import BUILTIN
@@ -97,7 +97,7 @@ def optimize(
     The model is left as it was. Raises an error of :mod:`ryzen_compile.errors`.
     """
     chosen = find_recipe(
-        recipe_for(model) if recipe is None else recipe,
+        recipe_for(model, trust_remote_code=trust_remote_code) if recipe is None else recipe,
         context=context,
         logits=logits,
         prefill=prefill,
@@ -192,7 +192,9 @@ def export(
     target = Path(out)
     _refuse_target(target, model, force)
     chosen = find_recipe(
-        recipe_for(model) if recipe is None else recipe,
+        recipe_for(model, revision=revision, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+        if recipe is None
+        else recipe,
         context=context,
         logits=logits,
         prefill=prefill,
@@ -285,6 +287,27 @@ def load(
         tokenizer=_tokenizer_of(directory),
         saver=saver,
     )
+
+
+def recipe_for(
+    model: nn.Module | str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    local_files_only: bool | None = None,
+    trust_remote_code: bool = False,
+) -> str | Recipe:
+    """What is used where nobody names a recipe: the one that the model's directory holds, else the default's name.
+
+    A model of the hub is fetched for it. Raises ``ConfigError`` for a recipe that is none, and what fetching raises.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return DEFAULT_RECIPE
+    from ryzen_compile.source import resolve
+
+    directory = resolve(
+        os.fspath(model), revision=revision, local_files_only=local_files_only, trust_remote_code=trust_remote_code
+    )
+    return read_recipe(directory) or DEFAULT_RECIPE
 
 
 def rewrite(

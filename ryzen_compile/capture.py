@@ -56,7 +56,7 @@ def capture(model: nn.Module, *, context: int | None = None) -> Program:
     ``torch.export`` cannot trace the model, ``ConfigError`` when the context is unknown or longer than the model's,
     ``UnsupportedError`` for weights that are not float32 and for a mask that is neither causal, windowed nor full.
     """
-    limit = _context(model, context)
+    limit = context_of(model, context)
     _refuse_half(model)
     training = [(module, module.training) for module in model.modules()]  # parts may be frozen in another mode
     model.eval()
@@ -218,7 +218,7 @@ def _attention_function(
     return out, None
 
 
-def _context(model: nn.Module, wanted: int | None) -> int:
+def context_of(model: nn.Module, wanted: int | None) -> int:
     """What the model says, or ``wanted`` if that is shorter: a position beyond the model's tables has no meaning."""
     config: Any = getattr(model, "config", model)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ryzen_compile.config import DEFAULT_RECIPE, Recipe
+from ryzen_compile.config import Recipe
 from ryzen_compile.errors import ConfigError, ResourceError
 from ryzen_compile.manifest import shown_path
 
@@ -24,13 +24,6 @@ MAX_BYTES = 1 << 16
 def recipe_text(recipe: Recipe) -> str:
     """What ``read_recipe`` reads."""
     return json.dumps({"schema_version": SCHEMA, "recipe": recipe.model_dump(mode="json")}, indent=1) + "\n"
-
-
-def recipe_for(model: object) -> Recipe | str:
-    """What is used for ``model`` where nobody names a recipe: its own if it is a directory that holds one, else the
-    default's name. Raises as ``read_recipe``."""
-    own = read_recipe(model) if isinstance(model, (str, os.PathLike)) else None
-    return DEFAULT_RECIPE if own is None else own
 
 
 def read_recipe(directory: str | os.PathLike[str]) -> Recipe | None:

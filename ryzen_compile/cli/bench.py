@@ -184,11 +184,10 @@ def _open(
 
     Without a number of threads ``asked`` for, an artifact runs as ``tune`` found best, and others on ``threads``.
     """
-    from ryzen_compile.api import export
+    from ryzen_compile.api import export, recipe_for
     from ryzen_compile.config import find_recipe
     from ryzen_compile.errors import UsageError
     from ryzen_compile.manifest import MANIFEST_NAME
-    from ryzen_compile.recipe_file import recipe_for
 
     unknown = set(names) - {"onnxruntime", "hf", "eager"}
     if unknown:
@@ -205,7 +204,7 @@ def _open(
             if artifact is None:
                 artifact = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "artifact"
                 # A shape's weights are random: a search would gain nothing, and its format is what decides the speed.
-                chosen = find_recipe(recipe_for(target) if recipe is None else recipe)
+                chosen = find_recipe(recipe_for(target or model) if recipe is None else recipe)
                 chosen = find_recipe(chosen, method="rtn") if shape and chosen.weights else chosen
                 export(model if shape else target or "", artifact, chosen, verify=False)
             opened.artifact, opened.compiled = artifact, _load(stack, artifact, asked, native)

@@ -38,12 +38,11 @@ def explain(
             typer.echo(f"\n## Native operators on this machine\n\n{_listed(claims.to_text())}")
             output.stderr().print(f"from {directory / REPORT_NAME}", markup=False)
         return
-    from ryzen_compile.api import read_source, rewrite
+    from ryzen_compile.api import read_source, recipe_for, rewrite
     from ryzen_compile.calibration import read_calibration
     from ryzen_compile.cli.narrate import narrated
     from ryzen_compile.config import find_recipe
     from ryzen_compile.pipeline import default_passes
-    from ryzen_compile.recipe_file import recipe_for
 
     chosen = find_recipe(recipe_for(target) if recipe is None else recipe)
     with narrated(len(default_passes(chosen)), quiet=quiet or as_json) as progress:

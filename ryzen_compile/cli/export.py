@@ -62,14 +62,21 @@ def export(
 ) -> None:
     """Capture MODEL, rewrite it pass by pass under the parity gate, and write an ONNX artifact to OUT."""
     from ryzen_compile.api import export as write
+    from ryzen_compile.api import recipe_for
     from ryzen_compile.cli.narrate import narrated
     from ryzen_compile.config import embedding_settings, find_recipe, parse_overrides
     from ryzen_compile.pipeline import default_passes
-    from ryzen_compile.recipe_file import recipe_for
     from ryzen_compile.validate.table import human_size
 
     chosen = find_recipe(
-        recipe_for(model) if recipe is None else recipe,
+        recipe_for(
+            model,
+            revision=revision,
+            local_files_only=True if offline else None,
+            trust_remote_code=trust_remote_code,
+        )
+        if recipe is None
+        else recipe,
         context=context,
         logits=logits,
         prefill=prefill,

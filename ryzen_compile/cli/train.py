@@ -54,6 +54,8 @@ def train(
 
     with watching() as watcher:
         finished = run(settings, mode, resume=resume, watcher=watcher)
+    if not finished.main:
+        return
     facts = finished.summary()
     if as_json:
         output.print_json(facts)
@@ -75,7 +77,8 @@ def watching() -> Iterator[Watcher]:
         TextColumn("{task.description}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # under torchrun, one of them tells
+    with Progress(*columns, console=console, transient=True, disable=not (first and console.is_terminal)) as bar:
         yield _Display(bar)
 
 

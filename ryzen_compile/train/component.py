@@ -33,6 +33,7 @@ class Component(Protocol):
     name: str
     start: float  # the share of the run at which it is turned on
     active: bool
+    optional: bool  # whether a run goes on without it
 
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         """Attaches to ``model``, inactive; returns parameters of its own, which the optimizer trains as well."""

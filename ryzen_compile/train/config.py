@@ -23,7 +23,6 @@ Mode = Literal["test", "baseline", "optimized"]
 MODES: tuple[Mode, ...] = ("test", "baseline", "optimized")
 COMPONENTS = ("qat", "ternary", "dkm", "lora", "distill")
 STANDING_IN = ("qat", "ternary", "dkm", "lora")  # passes that compute from other weights than the parameters
-LEVERS = ("precision", "loss", "compile", "operators", "optimizer")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_VALUES = 100_000  # with references spelled out, which a few lines of YAML can make 10^9
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -143,7 +142,7 @@ class OptimizationSettings(Section):
 class ScheduleSettings(Section):
     """The learning rate: ``warmup`` steps of rise, then by ``kind`` to ``last`` (a share of the peak).
 
-    "wsd" (warm-up, stable, decay) stays at the peak and falls in the last ``decay`` of the run.
+    "wsd" (warm-up, stable, decay) stays at the peak and falls in the last ``decay`` of the steps behind the warm-up.
     """
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -158,7 +157,7 @@ class PrecisionSettings(Section):
     ``operators`` "auto" where their kernels run, on a GPU: the model's body as fused operators. They go with
     ``linear_cross_entropy``, the loss without a batch's logits, and not with passes that stand in for weights."""
 
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto"] | bool = "auto"
     linear_cross_entropy: bool = True
     operators: Literal["auto"] | bool = "auto"
@@ -250,8 +249,8 @@ class PassSettings(Section):
     def _fit_together(self) -> PassSettings:
         if self.qat is not None and self.ternary is not None:
             raise ValueError("qat and ternary both round the linears: expected one")
-        if self.lora is not None and self.ternary is not None:
-            raise ValueError("lora trains a frozen model, ternary weights have to move: expected one")
+        if self.lora is not None and (self.ternary is not None or self.qat is not None):
+            raise ValueError("lora trains updates of frozen weights, which qat and ternary round apart: expected one")
         return self
 
 
@@ -305,7 +304,8 @@ class ValidationSettings(Section):
 
 
 class EarlyStopping(Section):
-    """Stops when ``patience`` validations in turn were no better than the lowest loss by ``least`` nats."""
+    """Stops when ``patience`` validations in turn were no better than the lowest loss by ``least`` nats, and takes the
+    weights that had it. After a change of the controller's losses are counted anew."""
 
     patience: int = Field(default=3, ge=1)
     least: float = Field(default=0.0, ge=0)
@@ -328,6 +328,16 @@ class TrainConfig(Section):
     validation: ValidationSettings = ValidationSettings()
     early_stopping: EarlyStopping | None = None
     save_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> TrainConfig:
+        if self.passes.qat is not None and self.save_dtype != "fp32":
+            raise ValueError(
+                "passes.qat needs save_dtype fp32: narrower weights round to other codes than were trained"
+            )
+        if self.early_stopping is not None and not (self.validation.every and self.checkpoint.best):
+            raise ValueError("early_stopping needs validation.every above 0, and checkpoint.best")
+        return self
 
 
 def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:

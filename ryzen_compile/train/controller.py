@@ -101,6 +101,7 @@ class _Memory:
     given_up: dict[str, str] = field(default_factory=dict)  # components and levers, and why
     held: list[str] = field(default_factory=list)  # components that stay in the stage they went back to
     changes: list[Change] = field(default_factory=list)  # not undone, the latest last
+    revision: int = 0  # changes made and undone: losses of different ones are not comparable
     losses: list[float] = field(default_factory=list)  # of the epochs since the last change, two at most
     sums: Sums = field(default_factory=Sums)
     validated: Validated = field(default_factory=Validated)
@@ -135,6 +136,11 @@ class OptimizationController:
             raise ConfigError(f"components {[c.name for c in self.components]}: expected each once")
         self._watch = LossWatch(settings.loss_rise)
         self._memory = _Memory()
+
+    @property
+    def revision(self) -> int:
+        """Counts the changes to what the model computes."""
+        return self._memory.revision
 
     def own_parameters(self) -> list[tuple[str, tuple[nn.Parameter, ...]]]:
         """By component, what is trained beside the model's parameters."""
@@ -226,6 +232,7 @@ class OptimizationController:
 
     def _begin_anew(self) -> None:
         """Losses before a change do not tell whether it has settled."""
+        self._memory.revision += 1
         self._memory.losses.clear()
         self._watch.changed()
 
@@ -236,7 +243,7 @@ class OptimizationController:
             component = self._by_name[change.component]
             facts: dict[str, Any] = {"component": change.component, "reason": reason}
             facts |= {"value": value, "expected": expected}
-            if not component.active:
+            if not component.active or (change.kind == "activate" and not component.optional):
                 continue
             if change.kind == "activate":
                 component.deactivate()

@@ -33,6 +33,7 @@ class DistillComponent:
     """
 
     name = "distill"
+    optional = True
 
     def __init__(self, objective: Objective, teacher_model: nn.Module, settings: DistillSettings) -> None:
         self.settings = settings

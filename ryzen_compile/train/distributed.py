@@ -5,8 +5,10 @@ Every process has to take part in gathering, whether it writes or not.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -14,6 +16,22 @@ def gathered(tensor: Tensor) -> Tensor:
     whole = getattr(tensor, "full_tensor", None)
     found: Tensor = tensor if whole is None else whole()
     return found.detach()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 holds its parameters in parts."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def whole_model(model: Any) -> Any:
+    """A transformers model with all of a sharded one's weights, on the CPU; one that is not sharded as it is."""
+    if not is_sharded(model):
+        return model
+    tensors = {name: gathered(value).cpu() for name, value in model.state_dict().items()}
+    twin = type(model)(model.config)
+    twin.load_state_dict(tensors)
+    twin.generation_config = model.generation_config
+    return twin
 
 
 @torch.no_grad()

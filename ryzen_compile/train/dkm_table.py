@@ -44,6 +44,7 @@ class DkmComponent:
     """
 
     name = "dkm"
+    optional = True
 
     def __init__(self, settings: DkmSettings) -> None:
         self.settings = settings

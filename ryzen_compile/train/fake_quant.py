@@ -87,6 +87,7 @@ class QatComponent:
     """
 
     name = "qat"
+    optional = True
 
     def __init__(self, settings: QatSettings) -> None:
         self.settings = settings

@@ -51,7 +51,7 @@ class FusedBackbone:
         self._compiled: Any = None
 
     def to(self, device: torch.device) -> FusedBackbone:
-        """Moves what is not the model's own: tables and constants."""
+        """Moves tables and constants, and with them the parameters, which are the model's."""
         self._module.to(device)
         return self
 

@@ -27,11 +27,14 @@ from ryzen_compile.train.interruption import Interruption
 from ryzen_compile.train.metrics import BatchMetrics, MetricsCollector
 from ryzen_compile.train.objective import Objective
 from ryzen_compile.train.plan import Plan, Rows
+from ryzen_compile.train.progress import NEVER, Progress
 from ryzen_compile.train.run_state import (
     component_states,
     model_tensors,
     optimizer_tensors,
+    own_parameters,
     parameter_names,
+    parts_of,
     random_state,
     restore_components,
     restore_model,
@@ -63,8 +66,8 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended: ``stopped`` is "finished" or "early". Losses are in nats per token; the ``validation`` scores
-    are of the whole validation text, in float32."""
+    """How a run ended: ``stopped`` is "finished" or "early". Losses are in nats per token, ``train_loss`` that of the
+    last step; the ``validation`` scores are of the whole validation text, in float32."""
 
     steps: int
     tokens: int
@@ -95,33 +98,27 @@ class Trainer:
         samples: Callable[[int], None] | None = None,
     ) -> None:
         self.config, self.mode, self.rows, self.plan = config, mode, rows, plan
-        self.objective, self.controller = objective, controller
-        self.step, self.seconds, self.refused = 0, 0.0, 0
-        self.lowest, self.poor = math.inf, 0  # validation loss, and validations in turn that were no better
-        self.last_validation: float | None = None
-        self.validated_at = self._saved = -1  # steps
+        self.objective, self.controller, self.progress = objective, controller, Progress()
         self._accelerator, self._collector, self._watcher, self._samples = accelerator, collector, watcher, samples
-        names = parameter_names(objective.model, controller.own_parameters())
-        self._extra = {
-            name: parameter
-            for component, own in controller.own_parameters()
-            for parameter in own
-            if (name := names[id(parameter)]).startswith(f"{component}.")
-        }
-        self._names = names
+        self._checkpoints, self._saved = checkpoints, NEVER
         self._module, *prepared = accelerator.prepare(objective, *optimizers)
         self._optimizers: list[Any] = prepared
         self._raw = [getattr(optimizer, "optimizer", optimizer) for optimizer in prepared]
         for group in self._groups():
             group["peak"] = group["lr"]
-        self._parameters = [p for group in self._groups() for p in group["params"]]
-        self._checkpoints = checkpoints
-        self._tokens_per_second: list[float] = []
+        # Behind prepare: FSDP2 puts other parameters in the place of the model's.
+        self._names = parameter_names(objective.model, controller.own_parameters())
+        self._extra = own_parameters(self._names, controller.own_parameters())
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.progress.step
 
     # --- the run ------------------------------------------------------------------------------------------------------
     def fit(self, snapshot: Snapshot | None = None) -> TrainingResult:
         """Runs to the end, or until validation says so, and returns how it ended; goes on from ``snapshot`` if there is
-        one. The model is left with its components attached.
+        one. The model is left with its components attached; one that was stopped early with its best weights.
 
         Ctrl-C and SIGTERM end the step that runs, write a checkpoint and then raise. Raises ``NumericalError`` when
         gradients stay infinite with nothing left to turn off, ``ConfigError`` for a run that was started under other
@@ -129,31 +126,34 @@ class Trainer:
         """
         if snapshot is not None:
             self._resume(snapshot)
-        stopped, loss = "finished", math.nan
         with Interruption() as interruption:
-            while self.step < self.plan.steps and stopped == "finished":
-                loss = self.advance().loss
-                stopped = self._after_step()
-                if interruption.asked:
+            while self.step < self.plan.steps and not self.progress.stopped_early:
+                self.advance()
+                self._after_step()
+                if self._any(interruption.asked is not None):
                     self.save()
                     interruption.raise_it()
         if self._saved != self.step:
             self.save()
+        if self.progress.stopped_early:
+            self._take_best()
+        progress = self.progress
         return TrainingResult(
             self.step,
             self.step * self.plan.tokens_per_step,
-            loss,
+            progress.loss,
             self.validate(exact=True),
-            _median(self._tokens_per_second),
-            self.seconds,
-            stopped,
+            progress.speed,
+            progress.seconds,
+            "early" if progress.stopped_early else "finished",
         )
 
     def advance(self) -> BatchMetrics:
         """One step, without what may be due behind it."""
         self.controller.before_step(self.step, self.plan.steps)
         metrics = self._train_step()
-        self.step += 1
+        self.progress.step += 1
+        self.progress.loss = metrics.loss
         self._record(metrics)
         self.controller.after_step(self, metrics)
         return metrics
@@ -162,19 +162,15 @@ class Trainer:
         """Until all processes are here."""
         self._accelerator.wait_for_everyone()
 
-    def _after_step(self) -> str:
-        """Whatever is due; "early" when validation says that it is enough."""
+    def _after_step(self) -> None:
+        """Whatever is due."""
         last = self.step == self.plan.steps
-        stopped = "finished"
-        if _due(self.step, self.config.validation.every) and not last:
-            stopped = self._validated(self.validate())
-        if _due(self.step, self.plan.epoch) or last:
-            if last or self.last_validation is None:
-                self._validated(self.validate())
+        if last or _due(self.step, self.config.validation.every):
+            self._validated(self.validate())
+        if last or _due(self.step, self.plan.epoch):
             self.controller.end_epoch(self, self.step)
-        if _due(self.step, self.config.checkpoint.every):
+        if _due(self.step, self.config.checkpoint.every) and self._saved != self.step:
             self.save()
-        return stopped
 
     def _train_step(self) -> BatchMetrics:
         started = time.perf_counter()
@@ -185,7 +181,7 @@ class Trainer:
         sums = self.forward_backward(rows)
         norm = self._clip()
         if math.isfinite(norm):
-            self.refused = 0
+            self.progress.refused = 0
             for optimizer in self._optimizers:
                 optimizer.step()
         else:
@@ -193,9 +189,9 @@ class Trainer:
         self.zero_grad()
         text, correct, _ = (sums / len(rows)).tolist()
         seconds = time.perf_counter() - started
-        self.seconds += seconds
         tokens = self.plan.tokens_per_step
-        self._tokens_per_second.append(tokens / seconds)
+        self.progress.seconds += seconds
+        self.progress.speeds.append(tokens / seconds)
         done = self.step + 1
         return BatchMetrics(
             step=done,
@@ -229,18 +225,19 @@ class Trainer:
 
     def _refuse(self, norm: float) -> None:
         """A step whose gradients are not finite is not taken; after some in a row, whatever may cause it goes off."""
-        self.refused += 1
-        self._event("step_refused", step=self.step + 1, gradient_norm=norm, in_a_row=self.refused)
-        if self.refused < REFUSED_STEPS:
+        progress = self.progress
+        progress.refused += 1
+        self._event("step_refused", step=self.step + 1, gradient_norm=norm, in_a_row=progress.refused)
+        if progress.refused < REFUSED_STEPS:
             return
-        if not self.controller.fall_back(self.step + 1, f"gradients were {norm} in {self.refused} steps in a row"):
+        if not self.controller.fall_back(self.step + 1, f"gradients were {norm} in {progress.refused} steps in a row"):
             saved = self._checkpoints.steps()
             raise NumericalError(
-                f"the gradients' norm is {norm} in {self.refused} steps in a row, up to step {self.step + 1}",
+                f"the gradients' norm is {norm} in {progress.refused} steps in a row, up to step {self.step + 1}",
                 hint=(f"the last checkpoint is of step {saved[-1]}; " if saved else "")
                 + "try a lower optimization.lr or precision.dtype=fp32",
             )
-        self.refused = 0
+        progress.refused = 0
 
     # --- validation ---------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -279,8 +276,7 @@ class Trainer:
         total = self._mean(torch.cat([sums, torch.tensor([float(counted)], dtype=torch.float64)]))
         return Scores(*(total[:3] / total[3]).tolist())
 
-    def _validated(self, scores: Scores) -> str:
-        self.last_validation, self.validated_at = scores.loss, self.step
+    def _validated(self, scores: Scores) -> None:
         if self._collector is not None:
             self._hear(self._collector.validation(self.step, scores.loss, scores.accuracy))
         self._tell(f"step {self.step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}")
@@ -289,12 +285,31 @@ class Trainer:
         self.controller.validated(self.step, *scores)
         stopping = self.config.early_stopping
         least = 0.0 if stopping is None else stopping.least
-        self.poor = 0 if scores.loss < self.lowest - least else self.poor + 1
-        self.lowest = min(self.lowest, scores.loss)
-        if stopping is None or self.poor < stopping.patience:
-            return "finished"
-        self._event("early_stop", step=self.step, validations_without_gain=self.poor, lowest=self.lowest)
-        return "early"
+        gained = self.progress.validated(scores.loss, least, self.controller.revision)
+        if stopping is None:
+            return
+        if gained:
+            self.save()  # what a run that is stopped ends with
+        elif self.progress.poor >= stopping.patience:
+            self.progress.stopped_early = True
+            self._event(
+                "early_stop",
+                step=self.step,
+                validations_without_gain=self.progress.poor,
+                lowest=self.progress.lowest,
+            )
+
+    def _take_best(self) -> None:
+        """The weights with the lowest validation loss since the model was changed last, if they are not these."""
+        best = self._checkpoints.best()
+        if best is None:
+            return
+        snapshot = self._checkpoints.load(best)
+        if snapshot.state["progress"]["revision"] == self.progress.revision and snapshot.step != self.step:
+            restore_model(self.objective.model, self._extra, snapshot.model)
+            components = parts_of(snapshot.optimizer)["component"]
+            restore_components(self.controller.components, components, snapshot.state["components"])
+            self._event("best_taken", step=self.step, from_step=snapshot.step)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
     def save(self) -> None:
@@ -313,43 +328,31 @@ class Trainer:
                 "config": self.config.model_dump(mode="json"),
                 "mode": self.mode,
                 "processes": self.plan.processes,
+                "text": self.rows.digest,
                 "optimizer": plain,
                 "components": components,
                 "controller": self.controller.state(),
                 "collector": None if self._collector is None else self._collector.state(),
-                "seconds": self.seconds,
-                "lowest": None if math.isinf(self.lowest) else self.lowest,
-                "poor": self.poor,
-                "last_validation": self.last_validation,
-                "validated_at": self.validated_at,
-                "refused": self.refused,
+                "progress": self.progress.state(),
             },
         )
         if self._accelerator.is_main_process:
-            # Only weights that were measured can be the best.
-            measured = self.validated_at == self.step
-            self._checkpoints.save(snapshot, metric=self.last_validation if measured else None)
-        self._accelerator.wait_for_everyone()
+            self._checkpoints.save(snapshot, metric=self.progress.metric(self.controller.revision))
+        self.wait_for_everyone()
         self._saved = self.step
 
     def _resume(self, snapshot: Snapshot) -> None:
         state = snapshot.state
         self._expect_unchanged(state)
         restore_model(self.objective.model, self._extra, snapshot.model)
-        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "component": {}}
-        for name, value in snapshot.optimizer.items():
-            kind, _, rest = name.partition("/")
-            if kind in parts:
-                parts[kind][rest] = value
+        parts = parts_of(snapshot.optimizer)
         restore_optimizers(self._raw, self._names, parts["optimizer"], state["optimizer"])
         restore_components(self.controller.components, parts["component"], state["components"])
         self.controller.restore(state["controller"])
         if self._collector is not None and state["collector"] is not None:
             self._collector.restore(state["collector"])
-        self.step, self.seconds, self.refused = snapshot.step, state["seconds"], state["refused"]
-        self.lowest = math.inf if state["lowest"] is None else state["lowest"]
-        self.poor, self.last_validation = state["poor"], state["last_validation"]
-        self.validated_at, self._saved = state["validated_at"], snapshot.step
+        self.progress = Progress.restored(state["progress"])
+        self._saved = snapshot.step
         restore_random_state(snapshot.optimizer)  # last: preparing may have drawn
         self._tell(f"going on behind step {self.step} of {self.plan.steps}")
 
@@ -359,6 +362,8 @@ class Trainer:
             changes.append(f"the mode was {state['mode']}, now {self.mode}")
         if state["processes"] != self.plan.processes:
             changes.append(f"it ran in {state['processes']} process(es), now in {self.plan.processes}")
+        if state["text"] != self.rows.digest:
+            changes.append("the text, or the tokenizer, is another one")
         if changes:
             raise ConfigError(
                 f"the run cannot go on under other settings: {'; '.join(changes[:5])}",
@@ -390,7 +395,8 @@ class Trainer:
 
     def _clip(self) -> float:
         limit = self.config.optimization.clip or math.inf
-        return float(gathered(self._accelerator.clip_grad_norm_(self._parameters, limit)))
+        # All of the module's, in its own order: by that accelerate knows a sharded model.
+        return float(gathered(self._accelerator.clip_grad_norm_(list(self._module.parameters()), limit)))
 
     def zero_grad(self) -> None:
         """No parameter has a gradient."""
@@ -406,6 +412,10 @@ class Trainer:
         found: list[T] = broadcast_object_list([value])
         return found[0]
 
+    def _any(self, mine: bool) -> bool:
+        """Whether it is so in any process."""
+        return bool(self._mean(torch.tensor([float(mine)]))[0] > 0)
+
     def _mean(self, values: Tensor) -> Tensor:
         """Over processes."""
         if self._accelerator.num_processes == 1:
@@ -416,10 +426,6 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _median(values: Sequence[float]) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).median()) if values else math.nan
 
 
 def _memory(device: torch.device) -> int:

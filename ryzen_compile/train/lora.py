@@ -32,6 +32,7 @@ class LoraComponent:
     """
 
     name = "lora"
+    optional = False  # all else is frozen
     start = 0.0
 
     def __init__(self, settings: LoraSettings) -> None:

@@ -2,8 +2,8 @@
 
 A lever changes how the loss is computed, not what it is (but for rounding): the precision of products, the loss without
 the batch's logits, compiled code. Each can be switched while training. The loss without logits reads the model's
-hidden states and its head's weight; whether that is all there is to the model's logits is asked once, on real rows, by
-comparing the two losses, so models that scale, cap or shift their logits are found out by what they compute.
+hidden states and its head's weight; whether that is all there is to the model's logits is asked once, on real rows, so
+models that scale, cap or shift their logits are found out by what they compute.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.nn import functional
 from ryzen_compile.train.fused import FusedBackbone
 from ryzen_compile.train.token_loss import Teaching, TokenLoss, token_loss
 
-AGREEMENT = 1e-3  # relative difference of the two losses in float32 that is rounding
+AGREEMENT = 1e-3  # of two passes over the same rows, in float32
+LOUD = 64.0  # a new model's logits are so small that a soft cap would not show
 
 
 @dataclass(frozen=True)
@@ -91,22 +92,33 @@ class Objective(nn.Module):
         models = [self.model] if self.teacher is None else [self.model, self.teacher.model]
         return all(self._is_product(model, rows[:1]) for model in models)
 
-    def _is_product(self, model: Any, rows: Tensor) -> bool:
+    @staticmethod
+    def _is_product(model: Any, rows: Tensor) -> bool:
+        """Products are multiplied by ``LOUD`` as they leave the head: a model that does something to them behind it, be
+        it a cap that bends only large ones, gives other logits than these."""
         head: Any = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
             return False
-        ids, labels = rows[:, :-1], rows[:, 1:].reshape(-1)
+        products: list[Tensor] = []
+        read: list[Tensor] = []
+
+        def loud(_module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            read.append(args[0])
+            products.append(out * LOUD)
+            return products[-1]
+
         training = model.training
         model.eval()  # dropout would make any two passes differ
+        hook = head.register_forward_hook(loud)
         try:
-            hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-            theirs = functional.cross_entropy(self._logits(model, ids).flatten(0, 1), labels)
+            logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+            hidden = getattr(model.base_model(input_ids=rows[:, :-1], use_cache=False), "last_hidden_state", None)
         finally:
+            hook.remove()
             model.train(training)
-        if hidden is None or hidden.shape[-1] != head.weight.shape[1]:
+        if hidden is None or len(products) != 1 or hidden.shape != read[0].shape:
             return False
-        mine = token_loss(hidden.flatten(0, 1), head.weight, labels).loss
-        return bool((mine - theirs).abs() <= AGREEMENT * theirs.abs())
+        return torch.equal(logits, products[0]) and torch.allclose(hidden, read[0], rtol=AGREEMENT, atol=AGREEMENT)
 
     def _from_hidden(self, ids: Tensor, labels: Tensor) -> TokenLoss:
         if self.levers.operators:

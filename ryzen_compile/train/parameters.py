@@ -22,6 +22,7 @@ from ryzen_compile.numerics.blockwise import BlockFormat
 from ryzen_compile.passes.canonicalize import Canonicalize
 from ryzen_compile.passes.weight_targets import Target, choose_formats, find_targets
 from ryzen_compile.program import is_call
+from ryzen_compile.train.distributed import gathered
 
 aten = torch.ops.aten
 FLOAT_BYTES = 4
@@ -35,25 +36,39 @@ class Place:
     module: nn.Module
     attribute: str
 
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter as it is now, whatever stands in for it."""
+        owner: Any = self.module
+        if parametrize.is_parametrized(owner, self.attribute):
+            found: Tensor = owner.parametrizations[self.attribute].original
+        else:
+            found = getattr(owner, self.attribute)
+        return found
+
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """A parameter that the export takes for a matrix (N, C), C being the channels that a product sums over.
 
-    ``tensor`` is (C, N) where ``transposed``. There are several ``places`` where it is tied. ``target`` says what reads
-    it.
+    The parameter itself is (C, N) where ``transposed``. There are several ``places`` where it is tied. ``target`` says
+    what reads it.
     """
 
     name: str
-    tensor: Tensor
     places: tuple[Place, ...]
     transposed: bool
     target: Target
 
     @property
+    def tensor(self) -> Tensor:
+        return self.places[0].tensor
+
+    @property
     def rows(self) -> Tensor:
-        """(N, C), without a gradient."""
-        return self.tensor.detach().t() if self.transposed else self.tensor.detach()
+        """(N, C), without a gradient; of a sharded parameter all, so that every process has to ask."""
+        whole = gathered(self.tensor)
+        return whole.t() if self.transposed else whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +94,10 @@ def find_matrices(model: nn.Module) -> list[Matrix]:
     for target in find_targets(program)[0]:
         source, transposed = _source(target)
         name = program.weight_names[source.name]
-        tensor = tensors[name]
-        if any(isinstance(place.module, parametrize.ParametrizationList) for place in places[id(tensor)]):
+        owners = tuple(places[id(tensors[name])])
+        if any(isinstance(place.module, parametrize.ParametrizationList) for place in owners):
             raise UsageError(f"something stands in for {name} already", hint="detach it first")
-        found.append(Matrix(name, tensor, tuple(places[id(tensor)]), transposed, target))
+        found.append(Matrix(name, owners, transposed, target))
     return found
 
 

@@ -15,10 +15,12 @@ TEST_STEPS, TEST_ROWS, TEST_VALIDATION_ROWS = 8, 64, 4  # what mode "test" makes
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed text: ``train`` (n, T + 1) and ``validation`` (m, T + 1), integers."""
+    """Packed text: ``train`` (n, T + 1) and ``validation`` (m, T + 1), integers; ``digest`` tells one text in one
+    tokenizer's tokens from others."""
 
     train: Tensor
     validation: Tensor
+    digest: str = ""
 
     @property
     def length(self) -> int:
@@ -61,7 +63,7 @@ def make_plan(config: TrainConfig, mode: Mode, rows: Rows, processes: int) -> Pl
     per_step = settings.batch * settings.accumulate * processes
     steps = _steps(settings, len(rows.train), per_step, rows.length)
     if mode == "test":
-        steps = min(steps, TEST_STEPS)
+        steps = max(1, min(steps, TEST_STEPS))  # of its few rows an epoch may be none
     if steps < 1:
         raise ConfigError(
             f"the run is shorter than a step, which reads {per_step * rows.length} tokens",

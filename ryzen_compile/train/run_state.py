@@ -29,6 +29,28 @@ def parameter_names(model: nn.Module, components: Iterable[tuple[str, Sequence[n
     return names
 
 
+def own_parameters(
+    names: Mapping[int, str], components: Iterable[tuple[str, Sequence[nn.Parameter]]]
+) -> dict[str, nn.Parameter]:
+    """Those of components that are not among the model's, by name."""
+    return {
+        names[id(parameter)]: parameter
+        for component, own in components
+        for parameter in own
+        if names[id(parameter)].startswith(f"{component}.")
+    }
+
+
+def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """A snapshot's tensors beside the model's, by what they belong to: "optimizer" and "component"."""
+    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "component": {}}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind in parts:
+            parts[kind][rest] = value
+    return parts
+
+
 def model_tensors(model: nn.Module, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's state, and parameters that components have beside it."""
     state = {f"model.{name}": gathered(value) for name, value in model.state_dict().items()}
@@ -69,7 +91,7 @@ def restore_optimizers(
     """The inverse, into optimizers that have taken no step. Raises ``ModelError`` for states of unknown parameters, or
     of another shape."""
     parameters = {
-        f"{index}/{names[id(p)]}": (optimizer, p)
+        f"{index}/{names[id(p)]}": (group, optimizer.state[p], p)
         for index, optimizer in enumerate(optimizers)
         for group in optimizer.param_groups
         for p in group["params"]
@@ -78,8 +100,11 @@ def restore_optimizers(
         owner, _, key = name.rpartition("/")
         if owner not in parameters:
             raise ModelError(f"the checkpoint holds an optimizer's state of {shown(owner)}, which is not trained here")
-        optimizer, parameter = parameters[owner]
-        optimizer.state.setdefault(parameter, {})[key] = _like(parameter, name, value)
+        group, state, parameter = parameters[owner]
+        found = _like(parameter, name, value)
+        if isinstance(found, Tensor) and (group.get("fused") or group.get("capturable")):
+            found = found.to(parameter.device)  # counts of steps, too: these optimizers read them there
+        state[key] = found
 
 
 def random_state() -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ def rate(step: int, steps: int, settings: ScheduleSettings) -> float:
     """The share of the peak, 0 to 1, with which step ``step`` (from 0) of ``steps`` is taken.
 
     A linear rise over the warm-up ends at 1; then half a cosine, a line, or, for "wsd", the peak and a line in the last
-    ``decay`` of the run (Hu et al., 2024), to ``last``.
+    ``decay`` of what is left (Hu et al., 2024), to ``last``.
     """
     if step < settings.warmup:
         return (step + 1) / settings.warmup

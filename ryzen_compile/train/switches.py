@@ -22,8 +22,7 @@ from ryzen_compile.train.objective import Objective
 from ryzen_compile.train.run_state import random_state, restore_random_state
 
 COMPILE = "compile"
-# By the names of ``config.LEVERS``: the field of ``Levers``, and its value when the lever is off. The optimizer's own
-# levers are set when it is made.
+# The field of ``Levers``, and its value when the lever is off.
 _FIELDS: dict[str, tuple[str, Any]] = {
     "precision": ("dtype", torch.float32),
     "loss": ("linear_cross_entropy", False),
@@ -66,16 +65,19 @@ class LeverSwitch:
         return bool(getattr(self._objective.levers, self._field) != self._plain)
 
     def off(self) -> None:
-        self._objective.levers = replace(self._objective.levers, **{self._field: self._plain})
+        levers = replace(self._objective.levers, **{self._field: self._plain})
+        if not levers.linear_cross_entropy:
+            levers = replace(levers, operators=False)  # which end where the head begins
+        self._objective.levers = levers
 
     @contextmanager
     def without(self) -> Iterator[None]:
-        value = getattr(self._objective.levers, self._field)
+        before = self._objective.levers
         self.off()
         try:
             yield
         finally:
-            self._objective.levers = replace(self._objective.levers, **{self._field: value})
+            self._objective.levers = before
 
 
 class ComponentSwitch:

@@ -90,6 +90,7 @@ class TernaryComponent:
     """
 
     name = "ternary"
+    optional = True
 
     def __init__(self, settings: TernarySettings) -> None:
         self.settings = settings

@@ -38,7 +38,7 @@ def model_card(config: TrainConfig, mode: Mode, result: TrainingResult, model: A
             f"{result.validation.agreement:.1%} of held-out tokens have the same first guess as "
             f"`{Path(config.passes.distill.teacher).name}`'s"
         )
-    settings = config.model_dump(mode="json", exclude_unset=True)
+    settings = _portable(config.model_dump(mode="json", exclude_unset=True))
     lines = [
         "---",
         "library_name: transformers",
@@ -57,6 +57,16 @@ def model_card(config: TrainConfig, mode: Mode, result: TrainingResult, model: A
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _portable(settings: Any) -> Any:
+    """Without the places of this machine: of absolute paths their last part."""
+    if isinstance(settings, dict):
+        return {name: _portable(value) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [_portable(value) for value in settings]
+    absolute = isinstance(settings, str) and (Path(settings).is_absolute() or settings.startswith("~"))
+    return Path(settings).name if absolute else settings
 
 
 def _source(source: TextSource) -> str:

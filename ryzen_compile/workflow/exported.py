@@ -44,9 +44,11 @@ def exported_speed(model: nn.Module, components: Sequence[Component]) -> Mapping
     from ryzen_compile.validate.latency import Workload, measure
 
     recipe = trained_recipe(components) or find_recipe(DEFAULT_RECIPE, method="rtn")
-    compiled = optimize(plain_copy(model, components).float(), recipe, verify=False)
+    compiled = optimize(plain_copy(model, components).float().cpu(), recipe, verify=False)
     half = compiled.engine.spec.context // 2
     prompt, decoded = min(PROMPT, half), min(DECODED, half)
-    first, decode = measure([compiled.engine], [Workload("pp", prompt), Workload("tg", decoded, prompt)], REPEATS)
-    compiled.close()
+    try:
+        first, decode = measure([compiled.engine], [Workload("pp", prompt), Workload("tg", decoded, prompt)], REPEATS)
+    finally:
+        compiled.close()
     return {"ttft_seconds": min(first.seconds), "decode_tokens_per_second": max(decode.rates)}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 class Samples:
     """``samples(step)`` records ``tokens`` new tokens for each of ``prompts``. Nothing is drawn, and the model is left
-    in the mode that it was in."""
+    in the mode that it was in. No more than ``context`` tokens are read and written together."""
 
     def __init__(
         self,
@@ -24,9 +24,10 @@ class Samples:
         collector: MetricsCollector,
         prompts: Sequence[str],
         tokens: int,
+        context: int,
     ) -> None:
         self._model, self._tokenizer, self._collector = model, tokenizer, collector
-        self._prompts, self._tokens = tuple(prompts), tokens
+        self._prompts, self._tokens, self._context = tuple(prompts), tokens, context
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:
@@ -39,11 +40,13 @@ class Samples:
             self._model.train(training)
 
     def _continued(self, prompt: str) -> str:
-        ids = self._tokenizer(prompt, return_tensors="pt").input_ids.to(self._model.device)
+        found = self._tokenizer(prompt)["input_ids"] or [self._tokenizer.eos_token_id]
+        tokens = min(self._tokens, self._context - 1)
+        ids = torch.tensor([found[-(self._context - tokens) :]], device=self._model.device)
         found = self._model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=self._tokens,
+            max_new_tokens=tokens,
             do_sample=False,
             pad_token_id=self._tokenizer.eos_token_id,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -36,6 +38,7 @@ class FinishedRun:
     directory: Path
     mode: Mode
     result: TrainingResult
+    main: bool = True  # of several processes, the one that tells
 
     def summary(self) -> dict[str, Any]:
         """What is printed and reported of it, JSON."""
@@ -85,15 +88,17 @@ def train(
     optimized run on a little text, to see whether everything is there. Run under torchrun or accelerate launch it
     shares the work. Raises an error of :mod:`ryzen_compile.errors`.
     """
+    from ryzen_compile.train.distributed import whole_model
     from ryzen_compile.workflow.card import model_card
     from ryzen_compile.workflow.trained_model import save_trained
 
     with open_run(config, mode, resume=resume, watcher=watcher) as run:
-        finished = FinishedRun(run.directory, mode, run.trainer.fit(run.snapshot))
+        finished = FinishedRun(run.directory, mode, run.trainer.fit(run.snapshot), run.collector is not None)
+        model = whole_model(run.model)
         if run.collector is not None:
-            card = model_card(config, mode, finished.result, run.model, run.text.corpus, run.text.rows)
+            card = model_card(config, mode, finished.result, model, run.text.corpus, run.text.rows)
             target = run.directory / MODEL
-            save_trained(run.model, run.text.tokenizer, run.components, target, config.save_dtype, card)
+            save_trained(model, run.text.tokenizer, run.components, target, config.save_dtype, card)
             run.collector.finish(finished.summary())
         run.trainer.wait_for_everyone()
     return finished
@@ -106,6 +111,7 @@ def open_run(
     """Everything that ``train`` needs, made and joined; records are closed at the end. Raises as ``train`` does."""
     import torch
 
+    from ryzen_compile.capture import context_of
     from ryzen_compile.train.checkpoint import Checkpoints
     from ryzen_compile.train.components import make_components
     from ryzen_compile.train.controller import OptimizationController
@@ -119,19 +125,21 @@ def open_run(
     from ryzen_compile.workflow.samples import Samples
 
     accelerator = _accelerator(config, mode)
+    _refuse_sharding(accelerator, config)
     main = accelerator.is_main_process
     watcher = watcher if main else None
     directory = Path(config.output) / mode
     checkpoints = Checkpoints(directory / CHECKPOINTS, keep=config.checkpoint.keep, best=config.checkpoint.best)
-    snapshot = _snapshot(checkpoints, directory, resume, watcher)
+    snapshot = _snapshot(checkpoints, directory, mode, resume, watcher)
     torch.manual_seed(config.seed)
     text = prepare_text(config, mode, watcher)
     plan = make_plan(config, mode, text.rows, accelerator.num_processes)
     model = prepare_model(config.model, text.tokenizer, config.seed)
     hidden = hidden_matrices(model)
     objective = Objective(model, _levers(config, mode, accelerator.device))
-    objective.levers = fused_levers(objective, config.passes, accelerator.device, watcher)
+    context = context_of(model, config.data.length)
     objective.levers = checked_levers(objective, text.rows.train[:1].long(), watcher)
+    objective.levers = fused_levers(objective, config.passes, accelerator.device, watcher)
     components = make_components(config.passes, objective, text.tokenizer)
     step = None if not resume else 0 if snapshot is None else snapshot.step
     with closing(MetricsCollector(directory, config.metrics, resume_step=step)) if main else nullcontext() as collector:
@@ -160,7 +168,9 @@ def open_run(
             watcher=watcher,
             samples=None
             if collector is None or accelerator.num_processes > 1  # a sharded model generates on all of them or on none
-            else Samples(model, text.tokenizer, collector, config.metrics.samples, config.metrics.sample_tokens),
+            else Samples(
+                model, text.tokenizer, collector, config.metrics.samples, config.metrics.sample_tokens, context
+            ),
         )
         yield Run(directory, trainer, model, text, components, snapshot, collector)
 
@@ -179,6 +189,7 @@ def prepare_text(config: TrainConfig, mode: Mode = "optimized", watcher: Watcher
     rows = Rows(
         pack([document.text for document in corpus.train], tokenizer, length, tokens=most),
         pack([document.text for document in corpus.validation], tokenizer, length, tokens=most_validated),
+        hashlib.sha256(f"{corpus.digest} {sorted(tokenizer.get_vocab().items())}".encode()).hexdigest(),
     )
     _tell(
         watcher,
@@ -188,14 +199,18 @@ def prepare_text(config: TrainConfig, mode: Mode = "optimized", watcher: Watcher
     return Text(corpus, tokenizer, rows)
 
 
-def _snapshot(checkpoints: Checkpoints, directory: Path, resume: bool, watcher: Watcher | None) -> Snapshot | None:
+def _snapshot(
+    checkpoints: Checkpoints, directory: Path, mode: Mode, resume: bool, watcher: Watcher | None
+) -> Snapshot | None:
     """What the run goes on from. Raises ``ConfigError`` where a run would be overwritten, or there is none."""
     if not resume:
         if steps := checkpoints.steps():
-            raise ConfigError(
-                f"{shown_path(directory)} holds checkpoints of a run already, the last of step {steps[-1]}",
-                hint="go on with --resume, or choose another output",
-            )
+            if mode != "test":
+                raise ConfigError(
+                    f"{shown_path(directory)} holds checkpoints of a run already, the last of step {steps[-1]}",
+                    hint="go on with --resume, or choose another output",
+                )
+            shutil.rmtree(directory)  # a test leaves nothing that anybody wants to keep
         return None
     if not directory.is_dir():
         raise ConfigError(f"{shown_path(directory)} holds no run to resume", hint="start it without --resume")
@@ -256,7 +271,7 @@ def _levers(config: TrainConfig, mode: Mode, device: torch.device) -> Levers:
     wanted = config.precision.dtype
     if wanted == "auto":
         wanted = "bf16" if fast_half(device) else "fp32"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+    dtype = torch.bfloat16 if wanted == "bf16" else torch.float32
     compiled = config.precision.compile is not False and mode != "test"
     operators = config.precision.operators
     if operators == "auto":
@@ -270,20 +285,37 @@ def _kernels_lack() -> str:
     return probe()[0]
 
 
+def _refuse_sharding(accelerator: Any, config: TrainConfig) -> None:
+    """What needs whole weights, where FSDP2 gives each process a part."""
+    from ryzen_compile.train.config import STANDING_IN
+
+    if str(accelerator.distributed_type).rpartition(".")[2] != "FSDP":
+        return
+    whole = [f"passes.{name}" for name in STANDING_IN if getattr(config.passes, name) is not None]
+    if config.optimization.optimizer == "muon":
+        whole.append("optimization.optimizer muon")
+    if whole:
+        raise ConfigError(
+            f"{', '.join(whole)} reads whole weights, and FSDP shards them", hint="launch it with DDP, or leave it out"
+        )
+
+
 def _accelerator(config: TrainConfig, mode: Mode) -> Any:
-    import torch
 
     try:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         raise ConfigError("training needs the library accelerate", hint="pip install 'ryzen-compile[train]'") from error
-    fp16 = mode != "baseline" and config.precision.dtype == "fp16"
-    if fp16 and not torch.cuda.is_available():
-        raise ConfigError("precision.dtype fp16 needs a GPU", hint="use bf16 or fp32 on a CPU")
     # What a component computes with depends on whether it is on: not every parameter has a gradient in every step.
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.passes != type(config.passes)())
-    return Accelerator(mixed_precision="fp16" if fp16 else "no", kwargs_handlers=[unused])
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[unused])
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError(
+            f"accelerate is told to accumulate {accelerator.gradient_accumulation_steps} batches as well",
+            hint="set optimization.accumulate, and unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+        )
+    return accelerator
 
 
 def _tell(watcher: Watcher | None, text: str) -> None:

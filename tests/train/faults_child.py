@@ -31,6 +31,7 @@ from ryzen_compile import cli
 from ryzen_compile.publish import Staging
 from ryzen_compile.train import metrics_report  # noqa: F401 - imported before the first fork, as all that a run needs
 from ryzen_compile.train.checkpoint import Checkpoints
+from ryzen_compile.train.controller import OptimizationController
 from ryzen_compile.train.loop import Scores, Trainer
 from ryzen_compile.train.metrics import MetricsCollector
 from ryzen_compile.train.metrics_schema import CSV_NAME, RECORDS_NAME, REPORT_NAME
@@ -57,6 +58,7 @@ MOMENTS: dict[str, tuple[Any, str, Applies]] = {
     "step": (Trainer, "forward_backward", always),
     "record": (MetricsCollector, "batch", always),
     "validation": (Trainer, "validate", always),
+    "epoch": (OptimizationController, "end_epoch", always),
     "exact validation": (Trainer, "validate", lambda *_, exact=False, **__: exact),
     "model": (trained_model, "save_model", always),
     "model is published": (Staging, "commit", lambda stage, *_: stage.out.name == training.MODEL),

@@ -308,6 +308,18 @@ def test_kill_after_early_stopping(new: NewRun, whole: Callable[..., Run], momen
     assert_equal(run, whole(**changes))
 
 
+@pytest.mark.parametrize(("moment", "count"), [("epoch", 2), ("record", 8)], ids=["before", "behind"])
+def test_kill_around_an_epochs_end(new: NewRun, whole: Callable[..., Run], moment: str, count: int) -> None:
+    """Where a checkpoint is due because a validation was the best, and the controller's epoch ends with that step."""
+    changes = {"optimization": {"steps": 12}, "controller": {"every": 3}, "early_stopping": {"patience": 50}}
+    changes["checkpoint"] = {"every": 0}
+    run = new(**changes)
+    assert run.train(moment=moment, count=count, signals=["SIGKILL"]) == KILLED
+    assert run.train() == 0, run.said
+    assert [record["epoch"] for record in run.records("epoch")] == [1, 2, 3, 4]
+    assert_equal(run, whole(**changes))
+
+
 # --- signals ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", SHELL)
 @pytest.mark.parametrize(
@@ -372,7 +384,7 @@ LONG = {"optimization": {"steps": 24}, "checkpoint": {"every": 12}}  # records o
         ("step", 13, None, "metrics.jsonl", LONG, [12]),
         ("model", 1, 10_000, "optimized/model", {}, [4, 6]),
         ("model", 1, None, "optimized/model", {}, [4, 6]),
-        ("table", 1, 100, "optimized", {}, [4, 6]),
+        ("table", 1, 3_000, "the report of", {}, [4, 6]),
     ],
 )
 def test_no_space(

@@ -114,7 +114,58 @@ def test_early_stopping_ends_a_run_that_no_longer_gains(tmp_path: Path) -> None:
     run = training.train(tiny_config(tmp_path, **changes))
     assert run.result.stopped == "early"
     assert run.result.steps == 9  # the first validation is at 3 and counts as a gain, 6 and 9 are none
-    assert [event["event"] for event in records(run.directory, "event")] == ["early_stop"]
+    assert [event["event"] for event in records(run.directory, "event")] == ["early_stop", "best_taken"]
+
+
+def test_a_run_that_was_stopped_early_ends_with_its_best_weights_and_stays_stopped(tmp_path: Path) -> None:
+    """At a rate that is far too high the loss soon rises: the weights are those of the lowest validation."""
+    changes = {"optimization": {"steps": 90, "lr": 0.3}, "schedule": {"warmup": 0}, "early_stopping": {"patience": 3}}
+    run = training.train(tiny_config(tmp_path, **changes))
+    assert run.result.stopped == "early"
+    found = {record["step"]: record["loss"] for record in records(run.directory, "validation")}
+    best = min(found, key=found.__getitem__)
+    assert best < run.result.steps and found[best] < found[run.result.steps]
+    assert run.result.validation.loss == pytest.approx(found[best], rel=1e-5)
+    again = training.train(tiny_config(tmp_path, **changes), resume=True)
+    assert again.result.steps == run.result.steps and again.result.stopped == "early"
+    for name, value in weights(run).items():
+        assert torch.equal(value, weights(again)[name]), name
+
+
+def test_another_text_is_another_run(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        training.train(tiny_config(tmp_path), watcher=Stops(2))
+    config = tiny_config(tmp_path)
+    with (tmp_path / "text.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"text": "one document more"}\n')
+    with pytest.raises(ConfigError, match="the text, or the tokenizer, is another one"):
+        training.train(config, resume=True)
+
+
+def test_a_validation_loss_that_is_no_number_does_not_keep_a_run_from_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ryzen_compile.train.loop import Scores, Trainer
+
+    plain = Trainer.validate
+
+    def validate(self: Trainer, **options: Any) -> Scores:
+        return plain(self, **options)._replace(loss=float("nan")) if self.step == 3 else plain(self, **options)
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    run = training.train(tiny_config(tmp_path, checkpoint={"every": 3}))
+    assert run.result.steps == 6
+    assert training.train(tiny_config(tmp_path, checkpoint={"every": 3}), resume=True).result.steps == 6
+
+
+def test_a_text_longer_than_the_models_positions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="context 33 exceeds the 32 positions"):
+        training.train(tiny_config(tmp_path, data={"length": 33}))
+
+
+def test_a_test_run_may_be_repeated(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    assert training.train(config, "test").result.steps == training.train(config, "test").result.steps
 
 
 def test_a_poisoned_run_is_given_up_with_its_last_checkpoint_whole(

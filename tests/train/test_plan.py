@@ -72,8 +72,7 @@ def test_less_than_a_step_is_refused(settings: dict[str, Any], processes: int) -
 def test_test_mode_takes_a_few_steps() -> None:
     assert plan(mode="test", steps=1000).steps == TEST_STEPS
     assert plan(mode="test", steps=2).steps == 2
-    with pytest.raises(ConfigError, match="shorter than a step"):
-        plan(mode="test", tokens=3)
+    assert plan(mode="test", tokens=3).steps == 1  # of its few rows, a share of an epoch may be none
 
 
 @pytest.mark.parametrize(("rows", "every", "epoch"), [(37, 0, 18), (37, 5, 5), (1, 0, 1), (4, 0, 2)])

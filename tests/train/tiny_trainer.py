@@ -61,7 +61,7 @@ class Hook:
         start: float = 0.0,
         stages: int = 1,
     ) -> None:
-        self.name, self.start, self.active = name, start, False
+        self.name, self.start, self.active, self.optional = name, start, False, True
         self.change, self.stages = change, stages
         self.stage = self.passes = self.activations = 0
         self.progress: list[float] = []
