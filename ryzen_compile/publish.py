@@ -20,7 +20,7 @@ import socket
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -227,8 +227,9 @@ def _take_lock(path: Path, out: Path) -> int:
             # A holder unlinks the file on release; locking that dead file would exclude nobody, so the name must match.
             locked = path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
             if locked:
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+                with suppress(OSError):  # who holds it is said to others, and a full disk does not hinder holding it
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
                 return descriptor
         except BlockingIOError as error:
             pid, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")

@@ -35,6 +35,7 @@ STEPS = ("sweep", "stage", *checkpoint_files.STEPS, "publish", "prune")  # of a 
 _NAME = re.compile(r"step-([0-9]{8,15})")
 # What a process that died leaves: Staging's, and what was being deleted (`_delete`).
 _LEFTOVER = re.compile(r"\.(step-[0-9]{8,15})\.(?:lock|(?:tmp|old)-[0-9]+-[0-9a-f]{8}|(pruned))")
+_NEXT = "next"  # what a writer holds the lock of
 _DAMAGE = (ModelError, TamperedError, UnsafeError)
 
 
@@ -161,7 +162,7 @@ class Checkpoints:
 
         A ``Staging`` that is never committed: of it, only the lock is wanted.
         """
-        with Staging(self.directory / "next"):
+        with Staging(self.directory / _NEXT):
             for name, leftover in self._leftovers():
                 if leftover[2]:
                     shutil.rmtree(self.directory / name, ignore_errors=True)
@@ -186,7 +187,7 @@ class Checkpoints:
     def _recover(self) -> None:
         """Before reading: a leftover may be the only checkpoint, on its way back (``publish``, two renames)."""
         # Neither another writer, who sweeps himself, nor a directory that may not be written hinders reading.
-        if self._leftovers():
+        if self._leftovers() or any(name.startswith(f".{_NEXT}.") for name in self._names()):
             with suppress(BusyError, ResourceError), self._alone():
                 pass
 

@@ -131,7 +131,8 @@ class Trainer:
                 self.advance()
                 self._after_step()
                 if self._any(interruption.asked is not None):
-                    self.save()
+                    if self._saved != self.step:
+                        self.save()
                     interruption.raise_it()
         if self._saved != self.step:
             self.save()
@@ -163,13 +164,14 @@ class Trainer:
         self._accelerator.wait_for_everyone()
 
     def _after_step(self) -> None:
-        """Whatever is due."""
+        """Whatever is due; a checkpoint last, for it has to hold what the others decided."""
         last = self.step == self.plan.steps
+        save = _due(self.step, self.config.checkpoint.every)
         if last or _due(self.step, self.config.validation.every):
-            self._validated(self.validate())
+            save |= self._validated(self.validate())
         if last or _due(self.step, self.plan.epoch):
             self.controller.end_epoch(self, self.step)
-        if _due(self.step, self.config.checkpoint.every) and self._saved != self.step:
+        if save:
             self.save()
 
     def _train_step(self) -> BatchMetrics:
@@ -276,7 +278,8 @@ class Trainer:
         total = self._mean(torch.cat([sums, torch.tensor([float(counted)], dtype=torch.float64)]))
         return Scores(*(total[:3] / total[3]).tolist())
 
-    def _validated(self, scores: Scores) -> None:
+    def _validated(self, scores: Scores) -> bool:
+        """Takes note; whether a run that is stopped early would have to end with the model as it is."""
         if self._collector is not None:
             self._hear(self._collector.validation(self.step, scores.loss, scores.accuracy))
         self._tell(f"step {self.step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}")
@@ -287,10 +290,8 @@ class Trainer:
         least = 0.0 if stopping is None else stopping.least
         gained = self.progress.validated(scores.loss, least, self.controller.revision)
         if stopping is None:
-            return
-        if gained:
-            self.save()  # what a run that is stopped ends with
-        elif self.progress.poor >= stopping.patience:
+            return False
+        if not gained and self.progress.poor >= stopping.patience:
             self.progress.stopped_early = True
             self._event(
                 "early_stop",
@@ -298,6 +299,7 @@ class Trainer:
                 validations_without_gain=self.progress.poor,
                 lowest=self.progress.lowest,
             )
+        return gained
 
     def _take_best(self) -> None:
         """The weights with the lowest validation loss since the model was changed last, if they are not these."""
@@ -343,7 +345,7 @@ class Trainer:
 
     def _resume(self, snapshot: Snapshot) -> None:
         state = snapshot.state
-        self._expect_unchanged(state)
+        refuse_other_run(snapshot, self.config, self.mode, self.plan, self.rows)
         restore_model(self.objective.model, self._extra, snapshot.model)
         parts = parts_of(snapshot.optimizer)
         restore_optimizers(self._raw, self._names, parts["optimizer"], state["optimizer"])
@@ -355,20 +357,6 @@ class Trainer:
         self._saved = snapshot.step
         restore_random_state(snapshot.optimizer)  # last: preparing may have drawn
         self._tell(f"going on behind step {self.step} of {self.plan.steps}")
-
-    def _expect_unchanged(self, state: Any) -> None:
-        changes = changed_settings(state["config"], self.config)
-        if state["mode"] != self.mode:
-            changes.append(f"the mode was {state['mode']}, now {self.mode}")
-        if state["processes"] != self.plan.processes:
-            changes.append(f"it ran in {state['processes']} process(es), now in {self.plan.processes}")
-        if state["text"] != self.rows.digest:
-            changes.append("the text, or the tokenizer, is another one")
-        if changes:
-            raise ConfigError(
-                f"the run cannot go on under other settings: {'; '.join(changes[:5])}",
-                hint="set them back, or start a run of its own with another output",
-            )
 
     # --- small things -------------------------------------------------------------------------------------------------
     def _record(self, metrics: BatchMetrics) -> None:
@@ -422,6 +410,23 @@ class Trainer:
             return values
         mean: Tensor = self._accelerator.reduce(values.to(self._accelerator.device), "mean").cpu()
         return mean
+
+
+def refuse_other_run(snapshot: Snapshot, config: TrainConfig, mode: Mode, plan: Plan, rows: Rows) -> None:
+    """Raises ``ConfigError``, listing what is different, unless ``snapshot`` is of the run that the others describe."""
+    state = snapshot.state
+    changes = changed_settings(state["config"], config)
+    if state["mode"] != mode:
+        changes.append(f"the mode was {state['mode']}, now {mode}")
+    if state["processes"] != plan.processes:
+        changes.append(f"it ran in {state['processes']} process(es), now in {plan.processes}")
+    if state["text"] != rows.digest:
+        changes.append("the text, or the tokenizer, is another one")
+    if changes:
+        raise ConfigError(
+            f"the run cannot go on under other settings: {'; '.join(changes[:5])}",
+            hint="set them back, or start a run of its own with another output",
+        )
 
 
 def _due(step: int, every: int) -> bool:

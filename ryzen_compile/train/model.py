@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ryzen_compile.errors import ConfigError, NumericalError, ResourceError
-from ryzen_compile.manifest import shown
+from ryzen_compile.manifest import shown, shown_path
 from ryzen_compile.publish import Staging
 from ryzen_compile.source import load_model, resolve
 from ryzen_compile.train.config import ModelSettings, NewTokenizer
@@ -79,13 +79,13 @@ def save_model(
     with Staging(out, force=True, owner_marker=TRAINED_MARKER) as stage:
         before = model.config.dtype
         try:
-            with _no_progress_bar():
+            with _no_progress_bar(), _machine_errors(out):
                 model.save_pretrained(stage.path, state_dict=state)
-            model.config.dtype = wanted  # what was written is the type that the model has in memory
-            model.config.save_pretrained(stage.path)
+                model.config.dtype = wanted  # what was written is the type that the model has in memory
+                model.config.save_pretrained(stage.path)
+                tokenizer.save_pretrained(stage.path)
         finally:
             model.config.dtype = before
-        tokenizer.save_pretrained(stage.path)
         if companions is not None:
             companions(stage.path)
         stage.commit()
@@ -107,6 +107,17 @@ def _state(model: nn.Module, wanted: torch.dtype) -> dict[str, torch.Tensor]:
                 )
         state[name] = converted[place]
     return state
+
+
+@contextmanager
+def _machine_errors(out: Path) -> Iterator[None]:
+    """A full disk as ``ResourceError`` where libraries in Rust raise something else, with the system's words."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or "(os error " not in str(error):
+            raise
+        raise ResourceError(f"cannot write {shown_path(out)}: {error}") from error
 
 
 @contextmanager

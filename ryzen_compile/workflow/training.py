@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ryzen_compile.backends import get_backend
 from ryzen_compile.errors import CaptureError, ConfigError, UnsupportedError
 from ryzen_compile.manifest import shown_path
 from ryzen_compile.train.config import Mode, PassSettings, TrainConfig
@@ -115,7 +116,7 @@ def open_run(
     from ryzen_compile.train.checkpoint import Checkpoints
     from ryzen_compile.train.components import make_components
     from ryzen_compile.train.controller import OptimizationController
-    from ryzen_compile.train.loop import Trainer
+    from ryzen_compile.train.loop import Trainer, refuse_other_run
     from ryzen_compile.train.metrics import MetricsCollector
     from ryzen_compile.train.model import prepare_model
     from ryzen_compile.train.objective import Objective
@@ -134,6 +135,8 @@ def open_run(
     torch.manual_seed(config.seed)
     text = prepare_text(config, mode, watcher)
     plan = make_plan(config, mode, text.rows, accelerator.num_processes)
+    if snapshot is not None:  # before its records are touched
+        refuse_other_run(snapshot, config, mode, plan, text.rows)
     model = prepare_model(config.model, text.tokenizer, config.seed)
     hidden = hidden_matrices(model)
     objective = Objective(model, _levers(config, mode, accelerator.device))
@@ -251,9 +254,9 @@ def fused_levers(objective: Objective, passes: PassSettings, device: torch.devic
         try:
             objective.fuse(device)
             if device.type == "cuda":
-                from ryzen_compile.kernels import attach
+                from ryzen_compile.backends.triton import TritonBackend
 
-                attach()
+                TritonBackend().attach()
         except (UnsupportedError, CaptureError) as error:
             reason = error.message
     if reason:
@@ -275,14 +278,8 @@ def _levers(config: TrainConfig, mode: Mode, device: torch.device) -> Levers:
     compiled = config.precision.compile is not False and mode != "test"
     operators = config.precision.operators
     if operators == "auto":
-        operators = device.type == "cuda" and not _kernels_lack()
+        operators = device.type == "cuda" and get_backend("triton").probe().available
     return Levers(dtype, config.precision.linear_cross_entropy, compiled, operators)
-
-
-def _kernels_lack() -> str:
-    from ryzen_compile.kernels import probe
-
-    return probe()[0]
 
 
 def _refuse_sharding(accelerator: Any, config: TrainConfig) -> None:

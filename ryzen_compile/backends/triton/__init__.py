@@ -47,6 +47,13 @@ class TritonBackend:
         where = torch.cuda.get_device_name() if self.device == "cuda" else "its interpreter"
         return Capability(True, f"triton {triton.__version__}, torch {torch.__version__}, {where}")
 
+    def attach(self) -> None:
+        """From now on operators run their kernels on this device, whoever calls them: a training step, too.
+
+        Raises ``UnsupportedError`` where they cannot.
+        """
+        attach(self.device)
+
     def compile(self, program: Program, precision: str = DEFAULT_PRECISION) -> TritonEngine:
         """See ``Backend``. ``precision`` is "bf16", "fp16" or "fp32": of weights, activations and float caches.
 
@@ -61,6 +68,6 @@ class TritonBackend:
         from ryzen_compile.backends.triton.engine import TritonEngine
         from ryzen_compile.backends.triton.lowering import TORCH_TYPES
 
-        attach(self.device)
+        self.attach()
         device = torch.device(f"cuda:{torch.cuda.current_device()}" if self.device == "cuda" else "cpu")
         return TritonEngine(program, device, TORCH_TYPES[precision])
