@@ -91,7 +91,8 @@ def dkm(steps: int | None) -> list[dict[str, Any]]:
 
 def against(steps: int | None, name: str, before: str, after: str) -> list[dict[str, Any]]:
     """The model exported by the recipe of the trained one, before and after; both against itself in float32."""
-    config = settings(name, [] if steps is None else [f"optimization.steps={steps}"])
+    # What the controller measures by leaving things out is not asked for here, and takes minutes.
+    config = settings(name, ["controller.ablate=false"] + ([] if steps is None else [f"optimization.steps={steps}"]))
     windows = held_out(config)
     reference = ModelScorer(loaded(SHIPPED))
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +123,9 @@ def against(steps: int | None, name: str, before: str, after: str) -> list[dict[
 
 def ternary(steps: int | None) -> list[dict[str, Any]]:
     """The configuration with and without ternary linears; the loss curve shows whether it trains stably."""
-    changes = [] if steps is None else [f"optimization.steps={steps}", "optimization.tokens=null"]
+    changes = ["controller.ablate=false"]
+    if steps is not None:
+        changes += [f"optimization.steps={steps}", "optimization.tokens=null"]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, more in (("ternary", []), ("float", ["passes.ternary=null"])):

@@ -79,7 +79,8 @@ class DkmComponent:
 
     def detach(self, model: nn.Module) -> None:
         """Leaves the weights behind the codes: call ``table`` before for what an export is to store."""
-        embedding = _table_module(model)
+        finder: Any = model
+        embedding = finder.get_input_embeddings()
         if hasattr(embedding, CHILD):
             del embedding.forward
             delattr(embedding, CHILD)
