@@ -43,7 +43,6 @@ precision: {dtype: bf16}
 passes:
   qat: {bits: [8, 4]}
   dkm: {bits: [4]}
-  lora: {rank: 2}
   distill: {teacher: there}
 controller: {every: 5}
 metrics: {every: 2}
@@ -182,7 +181,8 @@ def test_a_name_that_is_no_text(tmp_path: Path, key: str) -> None:
         ("data.length=1", "data.length: .*2, got '1'"),
         ("data.train.include=x.txt", "data.train.include: "),
         ("passes={qat: {}, ternary: {}}", "passes: qat and ternary both round the linears"),
-        ("passes={lora: {}, ternary: {}}", "passes: lora trains a frozen model"),
+        ("passes={lora: {}, ternary: {}}", "passes: lora trains updates of frozen weights"),
+        ("passes={lora: {}, qat: {}}", "passes: lora trains updates of frozen weights"),
         ("passes.qat.bits=[4, 8]", "passes.qat: bits: expected stages, widest first"),
         ("passes.qat.bits=[4, 4]", "passes.qat: bits: expected stages, widest first"),
         ("passes.qat.bits=[]", "passes.qat: bits: expected stages"),
@@ -404,7 +404,7 @@ def test_nothing_changed() -> None:
         ("optimization.betas=[0.8, 0.95]", r"optimization.betas was \[0.9, 0.95\], now \[0.8, 0.95\]"),
         ("model.architecture.hidden_size=8", "model.architecture.hidden_size was None, now 8"),
         ("passes.qat=null", "passes.qat was "),
-        ("passes.lora.targets=[q_proj]", r"passes.lora.targets was None, now \['q_proj'\]"),
+        ("passes.dkm.bits=[4, 3]", r"passes.dkm.bits was \[4\], now \[4, 3\]"),
         ("data.train.path=c.txt", "data.train.path was 'a.txt', now 'c.txt'"),
         ("controller.every=6", "controller.every was 5, now 6"),
         ("early_stopping=null", "early_stopping was "),
@@ -417,17 +417,30 @@ def test_changes_that_make_another_run(tmp_path: Path, change: str, message: str
 
 
 def test_what_is_only_written_down_may_change(tmp_path: Path) -> None:
-    before = read_config(write(tmp_path, ALL)).model_dump(mode="json")
+    before = read_config(write(tmp_path, LEAST)).model_dump(mode="json")
     changes = ["output=other", "metrics.every=9", "checkpoint.every=9", "save_dtype=fp16"]
     assert {change.partition("=")[0].partition(".")[0] for change in changes} == set(FREE_SETTINGS)
-    assert changed_settings(before, read_config(write(tmp_path, ALL), changes)) == []
+    assert changed_settings(before, read_config(write(tmp_path, LEAST), changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("save_dtype=fp16", "passes.qat needs save_dtype fp32"),
+        ("validation.every=0", "early_stopping needs validation.every above 0"),
+        ("checkpoint.best=false", "early_stopping needs validation.every above 0, and checkpoint.best"),
+    ],
+)
+def test_sections_that_do_not_fit_together(tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config(write(tmp_path, ALL), [change])
 
 
 def test_every_difference_is_told(tmp_path: Path) -> None:
     before = read_config(write(tmp_path, ALL)).model_dump(mode="json")
-    now = read_config(write(tmp_path, ALL), ["seed=3", "data.length=7", "passes.lora.rank=3"])
+    now = read_config(write(tmp_path, ALL), ["seed=3", "data.length=7", "passes.distill.weight=0.3"])
     assert [found.partition(" was ")[0] for found in changed_settings(before, now)] == [
         "seed",
         "data.length",
-        "passes.lora.rank",
+        "passes.distill.weight",
     ]
