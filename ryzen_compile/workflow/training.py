@@ -298,6 +298,7 @@ def _refuse_sharding(accelerator: Any, config: TrainConfig) -> None:
 
 
 def _accelerator(config: TrainConfig, mode: Mode) -> Any:
+    import torch
 
     try:
         from accelerate import Accelerator
@@ -306,7 +307,9 @@ def _accelerator(config: TrainConfig, mode: Mode) -> Any:
         raise ConfigError("training needs the library accelerate", hint="pip install 'ryzen-compile[train]'") from error
     # What a component computes with depends on whether it is on: not every parameter has a gradient in every step.
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.passes != type(config.passes)())
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[unused])
+    # Unless it is told that there is none, accelerate looks for a GPU before it lets processes share a run.
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[unused])
     if accelerator.gradient_accumulation_steps != 1:
         raise ConfigError(
             f"accelerate is told to accumulate {accelerator.gradient_accumulation_steps} batches as well",

@@ -22,7 +22,7 @@ def launch(directory: Path, processes: int, batch: int, accumulate: int, kind: s
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = subprocess.run(
         [*command, str(CHILD), str(directory), str(batch), str(accumulate), kind],
         env=environment,
