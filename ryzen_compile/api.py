@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ryzen_compile.backends import get_backend
 from ryzen_compile.calibration import Calibration, read_calibration
 from ryzen_compile.config import DEFAULT_RECIPE, EmbeddingCompression, KVCacheConfig, Recipe, find_recipe
-from ryzen_compile.errors import ArtifactError, RyzenCompileError, UnsupportedError, UsageError
+from ryzen_compile.errors import ArtifactError, ModelError, RyzenCompileError, UnsupportedError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME
 from ryzen_compile.recipe_file import CODES_NAME, read_recipe
 from ryzen_compile.runtime.compiled import CompiledModel
@@ -298,15 +298,19 @@ def recipe_for(
 ) -> str | Recipe:
     """What is used where nobody names a recipe: the one that the model's directory holds, else the default's name.
 
-    A model of the hub is fetched for it. Raises ``ConfigError`` for a recipe that is none, and what fetching raises.
+    A model of the hub is fetched for it; one that is not there has none, and whoever reads it will say so. Raises
+    ``ConfigError`` for a recipe that is none, ``ResourceError`` when it cannot be read.
     """
     if not isinstance(model, (str, os.PathLike)):
         return DEFAULT_RECIPE
     from ryzen_compile.source import resolve
 
-    directory = resolve(
-        os.fspath(model), revision=revision, local_files_only=local_files_only, trust_remote_code=trust_remote_code
-    )
+    try:
+        directory = resolve(
+            os.fspath(model), revision=revision, local_files_only=local_files_only, trust_remote_code=trust_remote_code
+        )
+    except ModelError:
+        return DEFAULT_RECIPE
     return read_recipe(directory) or DEFAULT_RECIPE
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ryzen_compile.api import recipe_for
 from ryzen_compile.config import DEFAULT_RECIPE, Recipe, WeightQuantization
-from ryzen_compile.errors import ConfigError, ModelError
+from ryzen_compile.errors import ConfigError
 from ryzen_compile.recipe_file import MAX_BYTES, RECIPE_NAME, read_recipe, recipe_text
 
 TRAINED = Recipe(name="trained", weights=WeightQuantization(bits=3, block=64, method="rtn", head_bits=8))
@@ -31,8 +31,7 @@ def test_a_models_own_recipe_comes_before_the_default(
     assert recipe_for(tiny_python_lm) == DEFAULT_RECIPE and read_recipe(tiny_python_lm) is None
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert recipe_for(f"~/{tmp_path.name}") == TRAINED
-    with pytest.raises(ModelError, match="does not exist"):
-        recipe_for(tmp_path / "none")
+    assert recipe_for(tmp_path / "none") == DEFAULT_RECIPE  # that it is not there is said by whoever reads it
 
 
 @pytest.mark.parametrize(
