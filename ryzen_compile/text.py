@@ -179,7 +179,7 @@ def _joined(documents: Iterable[str], limit: int) -> str:
 
 def _documents(path: Path, limit: int) -> Iterator[str]:
     """The documents of one file, each with at least its first ``limit`` characters."""
-    with _open(path) as stream:
+    with open_plain(path) as stream:
         try:
             if path.suffix.lower() == ".jsonl":
                 yield from _lines(stream, path)
@@ -240,8 +240,11 @@ def _line_text(line: bytes, place: str) -> str:
     return text
 
 
-def _open(path: Path) -> BinaryIO:
-    """Opens a plain file without ever blocking; links are followed, for the text is the user's own."""
+def open_plain(path: Path) -> BinaryIO:
+    """Opens a plain file without ever blocking; links are followed, for the text is the user's own.
+
+    Raises ``UsageError`` for a path where there is none, ``ResourceError`` for one that cannot be read.
+    """
     _refuse_unless_plain(path, _mode(path))
     try:
         descriptor = os.open(path, _READ_FLAGS)

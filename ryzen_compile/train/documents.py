@@ -19,8 +19,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ryzen_compile.errors import ConfigError, ResourceError
+from ryzen_compile.errors import ConfigError, ResourceError, UsageError
 from ryzen_compile.manifest import shown, shown_path
+from ryzen_compile.text import open_plain
 from ryzen_compile.train.config import DataSettings, TextSource
 
 STDLIB = "python-stdlib"
@@ -28,10 +29,6 @@ MAX_FILE_BYTES = 1 << 30  # of a file that is one document
 MAX_LINE_BYTES = 1 << 26  # of a .jsonl file
 BATCH = 1024  # records of a table held at a time
 FIRST_DATASETS = 4  # the first major version of the library that runs no code of a dataset's own
-# O_NONBLOCK: a FIFO that takes a file's place between the question and the opening would wait for a writer for ever.
-_READ_FLAGS = os.O_RDONLY
-for _flag in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"):
-    _READ_FLAGS |= getattr(os, _flag, 0)
 
 
 @dataclass(frozen=True)
@@ -304,24 +301,10 @@ def _named_dataset(source: TextSource, setting: str) -> Iterator[Document]:
 
 # --- small parts ------------------------------------------------------------------------------------------------------
 def _open(path: Path) -> BinaryIO:
-    """Opens a plain file without ever blocking; links are followed, for the text is the user's own."""
     try:
-        _refuse_unless_plain(path, path.stat().st_mode)  # before the opening, which can have effects on a device
-        descriptor = os.open(path, _READ_FLAGS)
-    except OSError as error:
-        raise ResourceError(f"cannot read {shown_path(path)}: {error.strerror}") from error
-    stream = os.fdopen(descriptor, "rb")
-    try:
-        _refuse_unless_plain(path, os.fstat(descriptor).st_mode)  # it may have been swapped since it was asked for
-    except ConfigError:
-        stream.close()
-        raise
-    return stream
-
-
-def _refuse_unless_plain(path: Path, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        raise ConfigError(f"{shown_path(path)} is neither a plain file nor a directory", hint="give a text file")
+        return open_plain(path)
+    except UsageError as error:  # here it is the configuration that named it
+        raise ConfigError(error.message, hint=error.hint) from error
 
 
 def _checked(value: object, place: str) -> str:
