@@ -140,9 +140,8 @@ def inspect(directory: str | Path, *, trust_remote_code: bool = False) -> Source
         # transformers would follow its base_model_name_or_path, to the hub if need be
         raise ModelError(f"{shown_path(directory)} is a PEFT adapter", hint="merge it into its base model first")
     config = _read_json(directory / "config.json")
-    for name in _CODE_CONFIGS:
-        if not trust_remote_code and (directory / name).is_file():
-            _refuse_code(name, config if name == "config.json" else _read_json(directory / name))
+    if not trust_remote_code:
+        refuse_code(directory)
     _check_config(config)
     quantization = find_quantization(config)
     tensors: dict[str, TensorEntry] = {}
@@ -457,6 +456,14 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
             hint="expected the layout that save_pretrained writes",
         )
     raise ModelError(f"{shown_path(directory)} holds no model.safetensors", hint="is it a model directory?")
+
+
+def refuse_code(directory: Path) -> None:
+    """Raises UnsafeError for a model's or tokenizer's directory whose configuration files ask to run code, ModelError
+    for one of them that is damaged."""
+    for name in _CODE_CONFIGS:
+        if (directory / name).is_file():
+            _refuse_code(name, _read_json(directory / name))
 
 
 def _refuse_code(name: str, config: Mapping[str, Any]) -> None:

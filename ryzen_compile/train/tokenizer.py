@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ryzen_compile.errors import ConfigError, ModelError, UnsafeError
+from ryzen_compile.errors import ConfigError, ModelError
 from ryzen_compile.manifest import shown, shown_path
-from ryzen_compile.source import resolve
+from ryzen_compile.source import refuse_code, resolve
 from ryzen_compile.train.config import NewTokenizer
 
 if TYPE_CHECKING:
@@ -48,8 +47,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     Raises ``ModelError`` when there is none or it is damaged, ``UnsafeError`` when it asks to run code.
     """
     directory = resolve(source)
-    for name in ("config.json", "tokenizer_config.json"):
-        _refuse_code(directory / name)
+    refuse_code(directory)
     from transformers import AutoTokenizer
 
     try:
@@ -57,14 +55,3 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises plain Exception for damaged files
         reason = str(error).strip().partition("\n")[0][:300]
         raise ModelError(f"transformers cannot load a tokenizer from {shown_path(directory)}: {reason}") from error
-
-
-def _refuse_code(path: Path) -> None:
-    if not path.is_file():
-        return
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{shown_path(path)} is not JSON: {error}") from error
-    if isinstance(settings, dict) and settings.get("auto_map"):
-        raise UnsafeError(f"{shown_path(path)} asks to run code of its own: key 'auto_map'")

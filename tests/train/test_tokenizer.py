@@ -85,15 +85,17 @@ def test_a_model_directory_has_one() -> None:
     assert load_tokenizer(STORED).eos_token == "<|endoftext|>"
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
-def test_code_in_the_directory_is_never_run(tmp_path: Path, name: str) -> None:
+def test_code_in_the_directory_is_never_run(tmp_path: Path, name: str, nested: bool) -> None:
     NEW.save_pretrained(tmp_path)
     path = tmp_path / name
     settings = json.loads(path.read_text()) if path.exists() else {"model_type": "odd"}
     reference = ["own.Own", None] if name == "tokenizer_config.json" else "own.Own"
-    path.write_text(json.dumps(settings | {"auto_map": {"AutoTokenizer": reference}}))
+    asked = {"auto_map": {"AutoTokenizer": reference}}
+    path.write_text(json.dumps(settings | ({"inner": asked} if nested else asked)))
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
-    with pytest.raises(UnsafeError, match=f"{name}' asks to run code"):
+    with pytest.raises(UnsafeError, match=rf"^{name} asks to run code of its own: key '(inner\.)?auto_map'"):
         load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
 
