@@ -25,7 +25,7 @@ LAYERS = (
     ("passes",),
     ("edit", "verify", "probe", "interpret", "ops", "kernels", "program", "mask_spec", "row_shifts"),
     ("source", "quantized_checkpoint", "safetensors_header", "calibration"),
-    ("numerics", "text", "publish", "manifest", "spec", "shapes", "config", "recipe_file", "errors"),
+    ("numerics", "text", "publish", "manifest", "spec", "shapes", "config", "settings", "recipe_file", "errors"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -6,34 +6,23 @@ as a JSON Schema is ``json_schema()``, which editors complete from.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ryzen_compile.config import Bits, Block
-from ryzen_compile.errors import ConfigError
-from ryzen_compile.manifest import shown, shown_path
+from ryzen_compile.manifest import shown
+from ryzen_compile.settings import Section, parse_settings, read_settings, settings_schema
 
 Mode = Literal["test", "baseline", "optimized"]
 MODES: tuple[Mode, ...] = ("test", "baseline", "optimized")
 COMPONENTS = ("qat", "ternary", "dkm", "lora", "distill")
 STANDING_IN = ("qat", "ternary", "dkm", "lora")  # passes that compute from other weights than the parameters
-MAX_CONFIG_BYTES = 1 << 20
-MAX_VALUES = 100_000  # with references spelled out, which a few lines of YAML can make 10^9
 Share = Annotated[float, Field(ge=0, le=1)]
 CodeBits = Annotated[int, Field(ge=1, le=8)]
 Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]
-
-
-class Section(BaseModel):
-    """A group of settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class NewTokenizer(Section):
@@ -345,119 +334,17 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
 
     Raises ``ConfigError`` that names the file, the setting, what was expected and what came.
     """
-    path = Path(path)
-    try:
-        text = path.read_bytes()[: MAX_CONFIG_BYTES + 1]
-    except OSError as error:
-        raise ConfigError(f"configuration {shown_path(path)} cannot be read: {error.strerror}") from error
-    if len(text) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"configuration {shown_path(path)} is larger than {MAX_CONFIG_BYTES} bytes")
-    try:
-        tree = _load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"configuration {shown_path(path)} is no YAML: {shown(reason)}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"configuration {shown_path(path)} holds a {type(tree).__name__}, expected settings")
-    for change in changes:
-        _replace(tree, change)
-    return parse_config(tree, shown_path(path))
+    return read_settings(TrainConfig, path, changes)
 
 
 def parse_config(tree: Mapping[str, Any], name: str = "configuration") -> TrainConfig:
     """Settings as a mapping, checked. Raises ``ConfigError``."""
-    try:
-        return TrainConfig(**tree)
-    except ValidationError as error:
-        raise ConfigError(_fault(error, name)) from error
-    except TypeError as error:  # a key that is no text
-        raise ConfigError(f"{name}: {error}") from error
+    return parse_settings(TrainConfig, tree, name)
 
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of the whole tree."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TrainConfig.model_json_schema()}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes ``1e-3`` for text, and of a key that is given twice the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _load(text: bytes | str) -> Any:
-    """What YAML says. Raises ``YAMLError`` and ``ValueError`` (a date that is none, an endless tree)."""
-    try:
-        tree = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    found, places = 0, [tree]
-    while places:
-        place = places.pop()
-        found += 1
-        if found > MAX_VALUES:
-            raise ValueError(f"it holds more than {MAX_VALUES} values, references spelled out")
-        if isinstance(place, (dict, list)):
-            places += place.values() if isinstance(place, dict) else place
-    return tree
-
-
-def _replace(tree: dict[str, Any], change: str) -> None:
-    """Applies one ``a.b=value``; the value is read as YAML."""
-    path, equals, text = change.partition("=")
-    keys = [key.strip() for key in path.split(".")]
-    if not equals or not all(keys):
-        raise ConfigError(f"{change!r}: expected a.b=value", hint="for example optimization.lr=1e-3")
-    try:
-        value = _load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{change!r}: {shown(text)} is no YAML value") from error
-    place = tree
-    for key in keys[:-1]:
-        inner = place.get(key)
-        if inner is None:
-            inner = place[key] = {}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{change!r}: {key} holds {shown(inner)}, expected settings")
-        place = inner
-    place[keys[-1]] = value
-
-
-def _fault(error: ValidationError, name: str) -> str:
-    """One complaint in one line: a name that is unknown, with the nearest one, or else a value that cannot be.
-
-    Of the kinds that a setting may have, the one that fits furthest is meant.
-    """
-    first = max(error.errors(), key=lambda fault: (fault["type"] == "extra_forbidden", len(fault["loc"])))
-    where = ".".join(str(part) for part in first["loc"] if part not in ("str", NewTokenizer.__name__))
-    if first["type"] == "extra_forbidden":
-        near = get_close_matches(str(first["loc"][-1]), _known(first["loc"][:-1]), n=1)
-        return f"{name}: {where}: there is no such setting" + (f", the nearest is {near[0]!r}" if near else "")
-    message = first["msg"].removeprefix("Value error, ")
-    got = "" if first["type"] in ("value_error", "missing") else f", got {shown(first['input'])}"
-    return f"{name}: {where + ': ' if where else ''}{message}{got}"
-
-
-def _known(path: Sequence[int | str]) -> list[str]:
-    """The settings of the section at ``path``."""
-    section: type[BaseModel] = TrainConfig
-    for key in path:
-        field = section.model_fields.get(str(key))
-        kinds = () if field is None else (field.annotation, *get_args(field.annotation))
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        section = inner[0] if inner else section
-    return list(section.model_fields)
+    return settings_schema(TrainConfig)
 
 
 # What may change between a run and its continuation: it decides what is written down, not what is computed.

@@ -12,10 +12,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ryzen_compile.errors import ConfigError
+from ryzen_compile.settings import MAX_CONFIG_BYTES
 from ryzen_compile.train.config import (
     COMPONENTS,
     FREE_SETTINGS,
-    MAX_CONFIG_BYTES,
     PassSettings,
     TrainConfig,
     changed_settings,
