@@ -11,11 +11,8 @@ beside its standard error, windows being the samples. Appends them to ``benchmar
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
 import json
-import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,13 +25,15 @@ import ryzen_compile
 from ryzen_compile.api import export, read_source
 from ryzen_compile.config import RECIPES, Recipe, find_recipe
 from ryzen_compile.runtime.tokenizer import Tokenizer
-from ryzen_compile.text import digest, read_text, token_windows
+from ryzen_compile.text import digest, token_windows
+from ryzen_compile.train.config import read_config
+from ryzen_compile.train.documents import read_corpus
 from ryzen_compile.validate.machine import read_machine, read_versions
 from ryzen_compile.validate.quality import EngineScorer, Estimate, ModelScorer, Quality, score
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-python-lm"
-TRAINING = ROOT / "examples" / "train_tiny_python_lm.py"
+TRAINING = ROOT / "examples" / "configs" / "tiny-python-lm.yaml"
 DATA = Path(__file__).resolve().parent / "data" / "quality.csv"
 END = "<|endoftext|>"  # between modules, as in training
 
@@ -51,14 +50,9 @@ class Result:
 
 
 def held_out_text() -> str:
-    """The modules that the training script holds out, of the Python that runs this."""
-    tree = ast.parse(TRAINING.read_text(encoding="utf-8"))
-    assigned = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
-    library = Path(sysconfig.get_paths()["stdlib"])
-    paths = [library / name for name in sorted(ast.literal_eval(assigned["HELD_OUT"]))]
-    if absent := [path.name for path in paths if not path.exists()]:
-        print(f"not in this Python: {', '.join(absent)}", file=sys.stderr)
-    return END.join(read_text(path) for path in paths if path.exists())
+    """The modules that the training held out, of the Python that runs this."""
+    corpus = read_corpus(read_config(TRAINING).data)
+    return END.join(document.text for document in sorted(corpus.validation, key=lambda document: document.name))
 
 
 def spread_windows(text: str, length: int, tokens: int) -> np.ndarray:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import ast
 import random
 import re
-import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+from ryzen_compile.train.config import read_config
+from ryzen_compile.train.documents import read_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-python-lm"
-TRAINING = ROOT / "examples" / "train_tiny_python_lm.py"
+TRAINING = ROOT / "examples" / "configs" / "tiny-python-lm.yaml"
 BEGINNING, MOST = 256, 400  # tokens of a file's beginning, and of any other prompt
 WINDOW, FOLLOWING, MATCH = 256, 128, 4  # tokens of a window and behind it, and of what repeats in them
 Encode = Callable[[str], list[int]]
@@ -34,20 +35,8 @@ class Prompt:
 @cache
 def sources() -> tuple[dict[str, str], dict[str, str]]:
     """The held-out modules and those of the training, text by path, chosen as in training."""
-    held_out, excluded = _assigned("HELD_OUT"), _assigned("EXCLUDED_DIRS")
-    library = Path(sysconfig.get_paths()["stdlib"])
-    held: dict[str, str] = {}
-    trained: dict[str, str] = {}
-    for path in sorted(library.rglob("*.py")):
-        relative = path.relative_to(library)
-        if excluded.intersection(relative.parts):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        if 64 <= len(text) <= 400_000:
-            (held if relative.as_posix() in held_out else trained)[relative.as_posix()] = text
+    corpus = read_corpus(read_config(TRAINING).data)
+    held, trained = ({document.name: document.text for document in part} for part in (corpus.validation, corpus.train))
     return held, trained
 
 
@@ -174,10 +163,3 @@ def _spread(found: list[Prompt], count: int) -> list[Prompt]:
     """``count`` of them, evenly."""
     wanted = max(min(count, len(found)), 0)
     return [found[index * len(found) // wanted] for index in range(wanted)]
-
-
-def _assigned(name: str) -> Any:
-    """What the training script assigns to ``name``; importing it would import torch."""
-    tree = ast.parse(TRAINING.read_text(encoding="utf-8"))
-    values = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
-    return ast.literal_eval(values[name])

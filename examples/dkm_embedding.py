@@ -13,8 +13,6 @@ trained on, others on the end of the built-in text, whose beginning the codes ar
 from __future__ import annotations
 
 import argparse
-import ast
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,11 +29,14 @@ from ryzen_compile.numerics.divergence import mean_divergence
 from ryzen_compile.numerics.search import quantize_with
 from ryzen_compile.passes.canonicalize import Canonicalize
 from ryzen_compile.passes.compress_embedding import EmbeddingCompressor, find_lookups
-from ryzen_compile.text import read_text, token_windows
+from ryzen_compile.text import token_windows
+from ryzen_compile.train.config import read_config
 from ryzen_compile.train.dkm_finetune import FinetuneSettings, dkm_finetune
+from ryzen_compile.train.documents import read_corpus
 from ryzen_compile.train.lookup import SubstitutedLookup, evaluating, find_table, logits
 
 HERE = Path(__file__).resolve().parent
+TRAINING = HERE / "configs" / "tiny-python-lm.yaml"
 SHIPPED = HERE / "tiny-python-lm"
 # Bits of a code and weights that it stands for: 8 to 1.5 bits a weight.
 CODES = ((8, 1), (6, 1), (5, 1), (8, 2), (7, 2), (6, 2), (5, 2), (8, 4), (6, 4))
@@ -96,11 +97,9 @@ def read_subject(directory: Path, windows: int) -> Subject:
 
 
 def held_out(tokenizer: object, windows: int, length: int) -> Tensor:
-    """Windows spread over the modules that the training script names as held out."""
-    tree = ast.parse((HERE / "train_tiny_python_lm.py").read_text(encoding="utf-8"))
-    values = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
-    library = Path(sysconfig.get_paths()["stdlib"])
-    text = "<|endoftext|>".join(read_text(library / name) for name in ast.literal_eval(values["HELD_OUT"]))
+    """Windows spread over the documents that the training held out."""
+    corpus = read_corpus(read_config(TRAINING).data)
+    text = "<|endoftext|>".join(document.text for document in corpus.validation)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     found = torch.from_numpy(token_windows(text, lambda _: ids, length, len(ids) // length * length))
     return found[torch.arange(windows) * len(found) // windows]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ import pytest
 from ryzen_compile import text
 from ryzen_compile.errors import ResourceError, UsageError
 from ryzen_compile.text import BUILTIN_CHARACTERS, digest, read_text, token_windows
+from ryzen_compile.train.config import read_config
 
 
 def words(content: str) -> list[int]:
@@ -50,9 +50,8 @@ def test_builtin_is_bounded():
 
 
 def test_builtin_holds_no_module_that_the_example_holds_out(repository):
-    source = (repository / "examples" / "train_tiny_python_lm.py").read_text(encoding="utf-8")
-    assigned = {ast.unparse(n.targets[0]): n.value for n in ast.parse(source).body if isinstance(n, ast.Assign)}
-    assert not set(ast.literal_eval(assigned["HELD_OUT"])) & set(text._BUILTIN_MODULES)
+    held_out = read_config(repository / "examples" / "configs" / "tiny-python-lm.yaml").data.hold_out
+    assert len(held_out) == 15 and not set(held_out) & set(text._BUILTIN_MODULES)
 
 
 def test_a_python_without_sources_is_refused(monkeypatch):

@@ -24,7 +24,7 @@ from ryzen_compile.train.documents import Corpus, Document, read_corpus
 from ryzen_compile.train.packing import pack
 from ryzen_compile.train.tokenizer import load_tokenizer, train_tokenizer
 
-# What examples/train_tiny_python_lm.py read: sorted paths, UTF-8 only, 64 to 400,000 characters.
+# What the shipped model was trained on: sorted paths, UTF-8 only, 64 to 400,000 characters.
 SCRIPT = {
     "include": ("*.py",),
     "exclude": ("site-packages", "__pycache__", "lib2to3", "bad_coding", "encodings"),
@@ -53,7 +53,7 @@ def write(root: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def script_documents(root: Path) -> list[tuple[str, str]]:
-    """The recipe of the script that trained examples/tiny-python-lm, written the short way."""
+    """What the shipped model was trained on, written the short way."""
     found = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -82,26 +82,28 @@ def test_the_standard_library_is_read_as_the_example_was() -> None:
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples"
 
 
+CARD = (EXAMPLE / "tiny-python-lm/README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.skipif(
-    json.loads((EXAMPLE / "tiny-python-lm/training.json").read_text())["facts"]["python"] != platform.python_version(),
+    f"Python {platform.python_version()} standard library" not in CARD,
     reason="the example was trained on another version's library",
 )
 @pytest.mark.slow
 def test_the_configuration_gives_what_the_shipped_model_was_trained_on() -> None:
     """Files, digest, tokenizer and numbers of tokens as its card states them."""
-    facts = json.loads((EXAMPLE / "tiny-python-lm/training.json").read_text())["facts"]
     tree = yaml.safe_load((EXAMPLE / "configs/tiny-python-lm.yaml").read_text())
     data, new = DataSettings(**tree["data"]), NewTokenizer(**tree["model"]["tokenizer"])
     corpus = read_corpus(data)
-    assert (len(corpus.train), corpus.digest) == (facts["files"], facts["digest"])
+    assert f"in {len(corpus.train):,} documents" in CARD and corpus.digest in CARD
     texts = [document.text for document in corpus.train]
     tokenizer = train_tokenizer(texts, new)
     stored = load_tokenizer(EXAMPLE / "tiny-python-lm")
     merges = [json.loads(each.backend_tokenizer.to_str())["model"] for each in (tokenizer, stored)]
     assert merges[0] == merges[1]
-    assert len(pack(texts, tokenizer, data.length)) * data.length == facts["tokens_unique"]
+    assert f"passes over {len(pack(texts, tokenizer, data.length)) * data.length:,} tokens" in CARD
     held_out = pack([document.text for document in corpus.validation], tokenizer, data.length)
-    assert len(held_out) * data.length == facts["held_out_tokens"]
+    assert f"over {len(held_out) * data.length:,} tokens in {len(corpus.validation)} documents" in CARD
 
 
 def test_awkward_names_and_texts_as_the_example_reads_them(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ TOKENIZER = train_tokenizer(TEXTS, NewTokenizer(vocab=300))
 
 
 def example_rows(texts: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> Tensor:
-    """As examples/train_tiny_python_lm.py packed them."""
+    """The definition, written the short way."""
     ids: list[int] = []
     for encoding in tokenizer.backend_tokenizer.encode_batch(texts):
         ids += encoding.ids
