@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ryzen_compile.numerics.codebook import CodebookTensor
     from ryzen_compile.numerics.row_shift import RowShift
     from ryzen_compile.passes.base import Pass
+    from ryzen_compile.pipeline import Observer
     from ryzen_compile.program import Program
     from ryzen_compile.report import PassRecord, Report
     from ryzen_compile.spec import CacheSlot
@@ -183,11 +184,13 @@ def export(
     revision: str | None = None,
     local_files_only: bool | None = None,
     progress: Progress | None = None,
+    observe: Observer | None = None,
 ) -> Report:
     """Writes the artifact of ``model`` to ``out`` without loading it: one pass over the weights. See ``optimize``.
 
     ``native`` adds the model over our own operators and their library, and makes onnxruntime-genai run these; that
     needs the library here, and x86-64 Linux there. ``load`` needs neither: it claims the operators by itself.
+    ``observe`` is called with each pass's record and the Program before and after it.
     """
     target = Path(out)
     _refuse_target(target, model, force)
@@ -223,6 +226,7 @@ def export(
         tables=source.tables,
         verify=verify,
         progress=progress,
+        observe=observe,
     )
     _refuse_stream(program, chosen)
     _say(progress, "write")
@@ -325,12 +329,14 @@ def rewrite(
     passes: Sequence[Pass] | None = None,
     verify: bool = True,
     progress: Progress | None = None,
+    observe: Observer | None = None,
 ) -> tuple[Program, Report]:
     """Captures ``model`` and runs the passes for ``backend``; the Program is not compiled yet.
 
     ``given`` are weights that are quantized already, by parameter name: a recipe with integer weights stores them as
     they are, one without widens them. ``tables`` are such that were trained as codes: a recipe that compresses the
-    embedding stores them, one that does not reads the weights behind them.
+    embedding stores them, one that does not reads the weights behind them. ``observe`` is called with each pass's
+    record and the Program before and after it.
     """
     from ryzen_compile.capture import capture
     from ryzen_compile.pipeline import default_passes, run_passes
@@ -363,7 +369,13 @@ def rewrite(
             )
         passes = default_passes(recipe, calibration=text, given=given, compressor=compressor)
     program, report = run_passes(
-        program, passes, supported_ops=target.supported_ops, gate=gate, strict=verify, progress=progress
+        program,
+        passes,
+        supported_ops=target.supported_ops,
+        gate=gate,
+        strict=verify,
+        progress=progress,
+        observe=observe,
     )
     facts: dict[str, object] = {"recipe": recipe.name, "backend": backend}
     if calibration is not None and text is not None:

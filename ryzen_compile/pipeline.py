@@ -34,6 +34,9 @@ from ryzen_compile.program import Program
 from ryzen_compile.report import PassRecord, Report, Status
 from ryzen_compile.verify import verify
 
+# Hears of every pass: its record, and the Program before and after it.
+Observer = Callable[[PassRecord, Program, Program], None]
+
 LATE_ALLOWANCE = 2.0  # times a lossy pass's budget in the last quarter: fewer tokens are counted there
 
 
@@ -103,18 +106,21 @@ def run_passes(
     gate: Gate | None = None,
     strict: bool = False,
     progress: Callable[[PassRecord], None] | None = None,
+    observe: Observer | None = None,
 ) -> tuple[Program, Report]:
     """Runs ``passes`` in order; returns the final Program and the record.
 
     A pass whose operators the backend lacks is recorded as unsupported and not run. With a ``gate``, a pass that leaves
     its budget is rolled back and named with the module that moved; a ``required`` one raises ``ParityError`` or, when
     it could not rewrite everything it must, ``UnsupportedError``. ``strict`` checks the IR's law after every pass,
-    not only at both ends.
+    not only at both ends. ``observe`` is called after each pass with the Program before and after it, the same one
+    twice where nothing was kept of the pass; what it raises is passed on as it is.
     """
     captured_ops = dict(Counter(program.ops()))
     verify(program)
     records: list[PassRecord] = []
     for pass_ in passes:
+        before = program
         if supported_ops is not None and not pass_.produces <= supported_ops:
             records.append(_record(pass_, "unsupported", program, PassResult(program), 0.0))
         else:
@@ -123,6 +129,8 @@ def run_passes(
             program = result
         if progress is not None:
             progress(records[-1])
+        if observe is not None:
+            observe(records[-1], before, program)
     verify(program)
     reference = gate.reference_rmse if gate is not None else None
     return program, Report(program.spec, dict(program.provenance), captured_ops, tuple(records), reference)

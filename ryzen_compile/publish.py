@@ -192,6 +192,20 @@ def require_free(out: str | Path) -> None:
     stage._release()
 
 
+@contextmanager
+def locked(out: str | Path) -> Iterator[None]:
+    """For the time of the block no other process may write ``out``, which need not exist. Raises BusyError when one
+    does, UsageError when the parent is missing, and ResourceError when nothing can be written there."""
+    stage = Staging(out)
+    _check_parent(stage.out)
+    with _machine_errors(f"prepare {shown_path(stage.out)}"):
+        stage._lock = _take_lock(stage._lock_path, stage.out)
+    try:
+        yield
+    finally:
+        stage._release()
+
+
 def require_space(path: str | Path, bytes_needed: int) -> None:
     """Raises ResourceError when the file system that holds (or will hold) ``path`` has fewer free bytes."""
     place = Path(path).expanduser().resolve()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -49,9 +50,17 @@ def read_settings(kind: type[Settings], path: str | Path, changes: Sequence[str]
         raise ConfigError(f"configuration {shown_path(path)} is no YAML: {shown(reason)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"configuration {shown_path(path)} holds a {type(tree).__name__}, expected settings")
+    return changed_settings(kind, tree, changes, shown_path(path))
+
+
+def changed_settings(
+    kind: type[Settings], tree: Mapping[str, Any], changes: Sequence[str], name: str = "configuration"
+) -> Settings:
+    """Settings as a mapping, which stays as it is, with ``changes`` applied in their order. Raises ``ConfigError``."""
+    changed = deepcopy(dict(tree))
     for change in changes:
-        _replace(tree, change)
-    return parse_settings(kind, tree, shown_path(path))
+        _replace(changed, change)
+    return parse_settings(kind, changed, name)
 
 
 def parse_settings(kind: type[Settings], tree: Mapping[str, Any], name: str = "configuration") -> Settings:
@@ -67,6 +76,9 @@ def parse_settings(kind: type[Settings], tree: Mapping[str, Any], name: str = "c
 def settings_schema(kind: type[Section]) -> dict[str, Any]:
     """JSON Schema (2020-12) of the whole tree."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
+
+
+_VALIDATED_KIND = re.compile(r"function-(?:after|before|wrap|plain)\[.*\]")  # as pydantic calls a kind with a check
 
 
 class _Loader(yaml.SafeLoader):
@@ -131,7 +143,8 @@ def _fault(root: type[BaseModel], error: ValidationError, name: str) -> str:
     """
     first = max(error.errors(), key=lambda fault: (fault["type"] == "extra_forbidden", len(fault["loc"])))
     alternatives = {"str", *_names(root)}  # pydantic puts the kind that it tried into the place
-    where = ".".join(str(part) for part in first["loc"] if part not in alternatives)
+    path = [str(part) for part in first["loc"] if part not in alternatives]
+    where = ".".join(part for part in path if not _VALIDATED_KIND.fullmatch(part))
     if first["type"] == "extra_forbidden":
         near = get_close_matches(str(first["loc"][-1]), _known(root, first["loc"][:-1]), n=1)
         return f"{name}: {where}: there is no such setting" + (f", the nearest is {near[0]!r}" if near else "")
@@ -142,19 +155,25 @@ def _fault(root: type[BaseModel], error: ValidationError, name: str) -> str:
 
 def _known(root: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     """The settings of the section at ``path``."""
-    section = root
+    sections = [root]
     for key in path:
-        field = section.model_fields.get(str(key))
-        kinds = () if field is None else (field.annotation, *get_args(field.annotation))
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        section = inner[0] if inner else section
-    return list(section.model_fields)
+        fields = [field for section in sections if (field := section.model_fields.get(str(key))) is not None]
+        # What is no field's name is the kind that pydantic tried, or a key or place in the field before.
+        sections = [inner for field in fields for inner in _sections(field.annotation)] or sections
+    return [name for section in sections for name in section.model_fields]
 
 
 def _names(section: type[BaseModel]) -> Iterator[str]:
     """Of every section at or below ``section``."""
     yield section.__name__
     for field in section.model_fields.values():
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _names(kind)
+        for inner in _sections(field.annotation):
+            yield from _names(inner)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Of a setting's kinds, or of what it holds many of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for kind in get_args(annotation):
+        yield from _sections(kind)

@@ -21,11 +21,12 @@ LAYERS = (
     ("__init__",),
     ("api",),
     ("capture", "pipeline", "backends", "runtime", "validate", "train"),
-    ("report",),
+    ("report", "graphs"),
     ("passes",),
     ("edit", "verify", "probe", "interpret", "ops", "kernels", "program", "mask_spec", "row_shifts"),
     ("source", "quantized_checkpoint", "safetensors_header", "calibration"),
-    ("numerics", "text", "publish", "manifest", "spec", "shapes", "config", "settings", "recipe_file", "errors"),
+    ("numerics", "text", "timeline", "publish", "manifest", "spec", "shapes", "config", "settings", "recipe_file"),
+    ("fields", "errors"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

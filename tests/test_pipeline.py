@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from ryzen_compile.passes.eliminate_dead import EliminateDead
 from ryzen_compile.passes.fuse_add_norm import FuseAddNorm
 from ryzen_compile.passes.fuse_norm import FuseNorm
 from ryzen_compile.passes.insert_kv_cache import InsertKVCache
-from ryzen_compile.pipeline import LATE_ALLOWANCE, default_passes, run_passes
+from ryzen_compile.pipeline import LATE_ALLOWANCE, Observer, default_passes, run_passes
 from ryzen_compile.program import Program, is_call, module_path
 from ryzen_compile.report import PassRecord
 from ryzen_compile.validate.parity import ParityGate, full_logits
@@ -261,6 +262,53 @@ def test_a_pass_that_the_backend_cannot_carry_is_not_run(nano: Program, gate: Pa
     some = ALL - {"ryzen::add_layer_norm"}
     _, report = run_passes(nano, (FuseNorm(), FuseAddNorm()), supported_ops=some)
     assert statuses(report.records) == {"fuse_norm": "applied", "fuse_add_norm": "unsupported"}
+
+
+Seen = list[tuple[str, str, Program, Program]]
+
+
+def observer(seen: Seen) -> Observer:
+    return lambda record, before, after: seen.append((record.name, record.status, before, after))
+
+
+def test_an_observer_sees_each_pass_with_the_program_before_and_after(nano: Program, gate: ParityGate) -> None:
+    seen: Seen = []
+    passes = (Fancy(), Canonicalize(), Wrong(), Harmless(), Harmless(), FuseNorm())
+    program, report = run_passes(nano, passes, supported_ops=ALL, gate=gate, observe=observer(seen))
+    assert [(name, status) for name, status, _, _ in seen] == [(r.name, r.status) for r in report.records]
+    assert [status for _, status, _, _ in seen] == [
+        "unsupported", "applied", "rolled back", "applied", "unchanged", "applied",
+    ]  # fmt: skip
+    assert seen[0][2] is nano and seen[-1][3] is program
+    for (_, _, _, after), (_, _, before, _) in pairwise(seen):
+        assert before is after
+    for _, status, before, after in seen:
+        assert (before is after) is (status != "applied")
+    assert run_passes(nano, passes, supported_ops=ALL, gate=gate)[0].ops() == program.ops()
+
+
+def test_a_lossy_pass_is_observed_like_others(nano: Program) -> None:
+    seen: Seen = []
+    run_passes(nano, (Rounding(), TooCoarse()), gate=own_gate(nano), observe=observer(seen))
+    assert [(status, before is after) for _, status, before, after in seen] == [
+        ("applied", False), ("rolled back", True),
+    ]  # fmt: skip
+
+
+def test_an_observer_that_raises_is_not_the_pass_s_fault(nano: Program) -> None:
+    def broken(record: PassRecord, before: Program, after: Program) -> None:
+        raise KeyError("of the observer")
+
+    with pytest.raises(KeyError, match="of the observer") as caught:
+        run_passes(nano, (Canonicalize(), Harmless()), observe=broken)
+    assert not isinstance(caught.value, PassError) and caught.value.__cause__ is None
+
+
+def test_a_pass_that_fails_is_not_observed(nano: Program) -> None:
+    seen: Seen = []
+    with pytest.raises(PassError, match="pass failing failed after canonicalize"):
+        run_passes(nano, (Canonicalize(), Failing(), Harmless()), observe=observer(seen))
+    assert [name for name, *_ in seen] == ["canonicalize"]
 
 
 class Scan(nn.Module):

@@ -19,7 +19,21 @@ from typing import Annotated
 
 import typer
 
-from ryzen_compile.cli import bench, doctor, env, explain, export, generate, passes, recipes, train, tune
+from ryzen_compile.cli import (
+    bench,
+    diff,
+    doctor,
+    env,
+    explain,
+    export,
+    generate,
+    passes,
+    recipes,
+    run,
+    train,
+    tune,
+    validate,
+)
 from ryzen_compile.cli import eval as evaluation
 from ryzen_compile.cli.failure import INTERRUPTED, PIPE_CLOSED, TERMINATED, Failure, describe, show_warning
 
@@ -33,7 +47,10 @@ COMMANDS = (
     evaluation.eval,
     tune.tune,
     train.train,
+    validate.validate,
+    run.run,
     explain.explain,
+    diff.diff,
     passes.passes,
     recipes.recipes,
     doctor.doctor,

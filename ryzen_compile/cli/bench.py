@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,7 @@ import typer
 from ryzen_compile.cli import output
 from ryzen_compile.cli.defaults import RECIPE_USED
 from ryzen_compile.cli.failure import printable
+from ryzen_compile.cli.trace import TraceFlag, check_trace, measure_in_spans, trace_nodes, write_trace
 
 if TYPE_CHECKING:
     from ryzen_compile.runtime.compiled import CompiledModel
@@ -53,11 +54,13 @@ def bench(
     native: output.NativeFlag = None,
     form: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
     seed: Annotated[int, typer.Option(help="Of the random ids and weights.")] = 0,
+    trace: TraceFlag = None,
 ) -> None:
     """Measure prompt processing and generation; engines given together are sampled in turns within one run."""
     from ryzen_compile.cli.generate import speculation_names
     from ryzen_compile.errors import UsageError
-    from ryzen_compile.validate.latency import Workload, measure
+    from ryzen_compile.timeline import Timeline
+    from ryzen_compile.validate.latency import Workload
     from ryzen_compile.validate.machine import read_machine, stream_read_gbps
     from ryzen_compile.validate.memory import peak_rss_bytes
     from ryzen_compile.validate.table import Row, render
@@ -68,20 +71,28 @@ def bench(
         )
     asked = _Asked([] if speculate is None else speculation_names(speculate), text, draft, early_exit)
     asked.check(shape, engine or [])
+    check_trace(trace, [name for name in engine or [] if name != "onnxruntime"])
+    timeline = Timeline(f"ryzen-compile bench {shape or target}")
     used = threads or read_machine().usable_cores
     tests = [Workload("pp", n, d) for d in depth or [0] for n in (prompt if prompt is not None else [512]) if n]
     tests += [Workload("tg", n, d) for d in depth or [0] for n in (new if new is not None else [128]) if n]
     with ExitStack() as stack:
-        opened = _open(stack, target, shape, engine or ["onnxruntime"], recipe, threads, used, seed, native)
-        assistant = None if draft is None else _load(stack, draft, threads, native)
+        with timeline.span("load"):
+            opened = _open(stack, target, shape, engine or ["onnxruntime"], recipe, threads, used, seed, native)
+            assistant = None if draft is None else _load(stack, draft, threads, native)
         # First: what it refuses is then refused before a minute of measuring.
-        spoken = _continued(opened, asked, assistant, [n for n in new or [] if n] or [128], repeats)
-        timings = measure(opened.engines, tests, repeats, seed=seed)
+        with timeline.span("sg tests", drafters=asked.names) if asked.names else nullcontext():
+            spoken = _continued(opened, asked, assistant, [n for n in new or [] if n] or [128], repeats)
+        timings = measure_in_spans(timeline, opened.engines, tests, repeats, seed=seed)
+        peak = peak_rss_bytes()
+        if trace is not None and opened.artifact is not None:
+            trace_nodes(timeline, opened.artifact, threads, native)
+    if trace is not None:
+        write_trace(timeline, trace)
     name, parameters = shape or Path(target or "").name, opened.engines[0].spec.parameters
     rows = [Row(name, opened.weights[t.engine], parameters, used, t) for t in timings]
     rows += [Row(name, opened.weights[c.timing.engine], parameters, used, c.timing, c.record()) for c in spoken]
     stream = stream_read_gbps(threads=used)
-    peak = peak_rss_bytes()
     facts = {
         "peak_rss_bytes": peak,
         "stream_read_gbps": stream,

@@ -45,10 +45,10 @@ def eval(  # noqa: A001 - the command's name is the function's
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: output.JsonFlag = False,
 ) -> None:
-    """Measure perplexity on a text and, beside a REFERENCE, mean KL divergence and top-1 agreement."""
+    """Measure perplexity on a text and, beside a REFERENCE, mean KL divergence, top-1 agreement and accuracy."""
     from ryzen_compile.api import load
     from ryzen_compile.validate.machine import read_machine
-    from ryzen_compile.validate.quality import EngineScorer, fitting_batch, perplexity, score
+    from ryzen_compile.validate.quality import EngineScorer, Quality, fitting_batch, perplexity, score
 
     _check_limits(reference, fail_above_ratio, fail_below_top1, -(-tokens // length))
     machine = read_machine()
@@ -68,7 +68,8 @@ def eval(  # noqa: A001 - the command's name is the function's
     facts |= {"artifact": str(artifact), "reference": reference, "length": length, "threads": used}
     facts |= {"machine": machine.cpu.name, "versions": dict(machine.versions)}
     if as_json:
-        output.print_json({**facts, **_plain(dataclasses.asdict(found))})
+        bound = {"accuracy_loss_bound": found.accuracy_loss_bound} if isinstance(found, Quality) else {}
+        output.print_json({**facts, **_plain({**dataclasses.asdict(found), **bound})})
     else:
         for line in _lines(found, facts):
             typer.echo(line)
@@ -158,13 +159,23 @@ def _lines(found: Quality | Perplexity, facts: dict[str, Any]) -> list[str]:
         lines.append(f"top-1        {_shown(found.top1, '.3f', 100)} % the same token")
         lines.append(f"perplexity   {_shown(found.perplexity)}, reference {_shown(found.reference_perplexity)}")
         lines.append(f"ratio        {_shown(found.ratio, '.5f')}")
+        right, reference = (_shown(share, ".3f", 100) for share in (found.accuracy, found.reference_accuracy))
+        lines.append(f"accuracy     {right} % the text's own token, reference {reference} %")
+        loss = _shown(found.accuracy_loss, ".3f", 100)
+        lines.append(f"loss         {loss} % of the reference's accuracy{_up_to(found)}")
         lines.append(f"worst        window {found.worst_window}: mean KL {found.worst_kl:.3g}")
     else:
         lines.append(f"perplexity   {_shown(found.perplexity)}")
         lines.append(f"worst        window {found.worst_window}")
-        lines.append("no reference: perplexity only; --reference MODEL adds KL, agreement and the ratio")
+        lines.append("no reference: perplexity only; --reference MODEL adds KL, agreement, accuracy and the ratio")
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     return [*lines, f"machine      {facts['machine']}, {facts['threads']} threads", f"versions     {versions}"]
+
+
+def _up_to(found: Quality) -> str:
+    """``, at 95 % confidence up to 0.31 %``; nothing where too few windows bound nothing."""
+    bound = found.accuracy_loss_bound
+    return f", at 95 % confidence up to {100 * bound:.3f} %" if math.isfinite(bound) else ""
 
 
 def _shown(estimate: Estimate, form: str = ".4f", factor: int = 1) -> str:

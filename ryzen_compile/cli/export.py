@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ryzen_compile.cli import output
 from ryzen_compile.cli.defaults import RECIPE_USED
+from ryzen_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from ryzen_compile.backends.onnxruntime.pass_dump import PassDumper
 
 
 def export(
@@ -52,6 +56,9 @@ def export(
     native: Annotated[
         bool, typer.Option("--native", help="Also write the model over our operators and their library, for genai.")
     ] = False,
+    dump_passes: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the graph after each pass there, as drawings for Netron.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate after each pass.")] = False,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
@@ -68,6 +75,7 @@ def export(
     from ryzen_compile.pipeline import default_passes
     from ryzen_compile.validate.table import human_size
 
+    dumper = None if dump_passes is None else _dumper(dump_passes, out)
     chosen = find_recipe(
         recipe_for(
             model,
@@ -102,6 +110,7 @@ def export(
             revision=revision,
             local_files_only=True if offline else None,
             progress=progress,
+            observe=dumper,
         )
     if as_json:
         output.print_json({"artifact": str(out), "report": report.to_json()})
@@ -111,6 +120,16 @@ def export(
     console.print(report.to_text(misses=False), markup=False)
     console.print(f"wrote {out} ({human_size(size)})", markup=False)
     console.print(f"cache: {_cache_line(out)}", markup=False)
+
+
+def _dumper(directory: Path, out: Path) -> PassDumper:
+    """Before the model is read: a directory that cannot be written to, or that the artifact would replace."""
+    from ryzen_compile.backends.onnxruntime.pass_dump import PassDumper
+
+    target = out.resolve()
+    if target == directory.resolve() or target in directory.resolve().parents:
+        raise UsageError(f"--dump-passes {directory} is inside the output {out}", hint="name another directory")
+    return PassDumper(directory)
 
 
 def _cache_line(out: Path) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+
+from ryzen_compile.fields import Fields, Number
 
 SCHEMA_VERSION: Literal[1] = 1
 RECORDS_NAME = "metrics.jsonl"
@@ -18,15 +20,7 @@ REPORT_NAME = "training_metrics_report.json"
 CSV_NAME = "training_metrics.csv"
 SAMPLED_BATCHES = 200
 LISTED = 1000  # of each other kind; ``statistics.records`` tells how many there were
-# Pydantic writes NaN and infinities as these strings and reads them; its schema does not say so by itself.
-Number = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]})]
 Step = Annotated[int, Field(ge=0, description="steps done; the first step is 1")]
-
-
-class Fields(BaseModel):
-    """Named values, no others."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Record(Fields):

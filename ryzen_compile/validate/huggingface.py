@@ -41,6 +41,17 @@ class HuggingFaceEager:
         self._past = self._empty()
         self._ids = np.empty((1, 0), np.int64)  # what the cache holds, to rebuild it when it cannot be cut back
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values that transformers' cache holds now."""
+        held = [tensor for layer in self._past.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+        return sum(tensor.nbytes for tensor in held)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the model's parameters; one that is tied counts once."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
     @torch.inference_mode()
     def step(self, tokens: np.ndarray, cache: KVCache, last: int = 1) -> np.ndarray:
         """Float32 logits ``(1, last, V)``, or ``(1, T, V)`` with ``all_logits``, after ``tokens`` ``(1, T)`` int64."""

@@ -1,9 +1,10 @@
 """How much of a model's quality is left: an engine against a reference on the same windows of text.
 
 Every token of a window but the first is predicted from those before it in the window. Mean KL divergence and top-1
-agreement say how far the candidate's predictions are from the reference's, the perplexity ratio what that costs on this
-text. Tokens of one window are not independent, so standard errors take the windows as the samples; those of a
-perplexity follow from the mean negative log-likelihood by the delta method (its derivative times the error).
+agreement say how far the candidate's predictions are from the reference's, the perplexity ratio and the loss of
+accuracy what that costs on this text. Tokens of one window are not independent, so standard errors take the windows as
+the samples; those of a perplexity follow from the mean negative log-likelihood by the delta method (its derivative
+times the error), that of the loss from the two accuracies of each window.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ryzen_compile.errors import NumericalError, UsageError
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import Engine
 from ryzen_compile.spec import ModelSpec
+from ryzen_compile.validate.measured import Measured
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 17  # logits that are widened to float64 at a time: they stay in the cache
 BOUND_WINDOWS = 4  # fewer say too little about their own spread
+# What is kept of a window: means over the tokens that are predicted in it.
+_COMPARED = ("kl", "agreement", "nll", "reference's nll", "accuracy", "reference's accuracy")
 
 Progress = Callable[[int, int], None]
 
@@ -64,6 +68,12 @@ class Quality:
     ``tokens`` are those predicted: one less per window than were read. ``kl`` is the mean KL divergence (reference ||
     candidate) in nats per token, ``top1`` the share of tokens for which both rank the same token first, ``ratio`` the
     candidate's perplexity over the reference's. ``worst_window`` is the index of the window with the largest mean KL.
+
+    ``accuracy`` and ``reference_accuracy`` are the shares of tokens whose most likely prediction is the text's own
+    token. ``accuracy_loss`` is the part of the reference's that the candidate has lost, 1 - r with
+    r = mean(a) / mean(b), where a_i is the candidate's accuracy in window i of n and b_i the reference's. Its error is
+    sd(a - r b) / (sqrt(n) mean(b)), sd dividing by n - 1 (delta method, paired by windows: what makes a window hard for
+    both cancels). It is NaN where the reference predicts no token, and negative where the candidate predicts more.
     """
 
     tokens: int
@@ -73,6 +83,9 @@ class Quality:
     perplexity: Estimate
     reference_perplexity: Estimate
     ratio: Estimate
+    accuracy: Estimate
+    reference_accuracy: Estimate
+    accuracy_loss: Estimate
     worst_window: int
     worst_kl: float
 
@@ -86,6 +99,11 @@ class Quality:
         """The lower end of the agreement's 95 % confidence interval; not finite below ``BOUND_WINDOWS`` windows."""
         return self.top1.value - confidence_factor(self.windows) * self.top1.error
 
+    @property
+    def accuracy_loss_bound(self) -> float:
+        """The upper end of the loss's 95 % confidence interval; not finite below ``BOUND_WINDOWS`` windows."""
+        return self.accuracy_loss.value + confidence_factor(self.windows) * self.accuracy_loss.error
+
 
 def score(
     candidate: Scorer, reference: Scorer, windows: np.ndarray, *, batch: int = 8, progress: Progress | None = None
@@ -96,7 +114,7 @@ def score(
     windows of how many are done. Raises ``UsageError`` when the vocabularies differ, ``NumericalError`` for logits that
     are NaN or infinite.
     """
-    rows = np.empty((len(windows), 4))
+    rows = np.empty((len(windows), len(_COMPARED)))
     for start, ids in _batches(windows, batch, progress):
         ours, theirs = _logits(candidate, ids), _logits(reference, ids)
         if ours.shape != theirs.shape:
@@ -106,7 +124,7 @@ def score(
             )
         for row, (own, other, tokens) in enumerate(zip(ours, theirs, ids, strict=True), start):
             rows[row] = _compare(own, other, tokens, row)
-    kl, top1, own_nll, other_nll = rows.T
+    kl, top1, own_nll, other_nll, own_hits, other_hits = rows.T
     return Quality(
         tokens=len(windows) * (windows.shape[1] - 1),
         windows=len(windows),
@@ -115,6 +133,9 @@ def score(
         perplexity=_exponential(own_nll),
         reference_perplexity=_exponential(other_nll),
         ratio=_exponential(own_nll - other_nll),
+        accuracy=_mean(own_hits),
+        reference_accuracy=_mean(other_hits),
+        accuracy_loss=_lost_share(own_hits, other_hits),
         worst_window=int(kl.argmax()),
         worst_kl=float(kl.max()),
     )
@@ -151,6 +172,19 @@ def confidence_factor(windows: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3),
     )
     return math.fsum(terms)
+
+
+def interval(estimate: Estimate, windows: int, unit: str) -> Measured:
+    """An estimate over ``windows`` windows with its 95 % interval."""
+    reach = confidence_factor(windows) * estimate.error
+    known = math.isfinite(reach)
+    return Measured(
+        value=estimate.value,
+        low=estimate.value - reach if known else None,
+        high=estimate.value + reach if known else None,
+        unit=unit,
+        samples=windows,
+    )
 
 
 def fitting_batch(batch: int, length: int, vocab: int, budget_bytes: int) -> int:
@@ -286,14 +320,19 @@ def _parts(logits: np.ndarray) -> list[slice]:
 
 
 def _compare(ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray, window: int) -> np.ndarray:
-    """Means over a window's predictions, logits (L, V) twice: KL, agreement, the candidate's nll, the reference's."""
-    totals = np.zeros(4)
+    """Means over a window's predictions, logits (L, V) twice: ``_COMPARED``."""
+    totals = np.zeros(len(_COMPARED))
     for part in _parts(ours):
         q, p = _log_softmax(ours[part], window), _log_softmax(theirs[part], window)
-        totals[0] += (np.exp(p) * (p - q)).sum()
-        totals[1] += (ours[part].argmax(-1) == theirs[part].argmax(-1)).sum()
-        totals[2] += _surprise(q, tokens, part)
-        totals[3] += _surprise(p, tokens, part)
+        own, other, text = ours[part].argmax(-1), theirs[part].argmax(-1), _targets(tokens, part)
+        totals += (
+            (np.exp(p) * (p - q)).sum(),
+            (own == other).sum(),
+            _surprise(q, tokens, part),
+            _surprise(p, tokens, part),
+            (own == text).sum(),
+            (other == text).sum(),
+        )
     return totals / (len(tokens) - 1)
 
 
@@ -312,8 +351,13 @@ def _log_softmax(logits: np.ndarray, window: int) -> np.ndarray:
 
 def _surprise(log_probability: np.ndarray, tokens: np.ndarray, part: slice) -> float:
     """Summed negative log-likelihood of the tokens that the rows ``part`` predict."""
-    targets = tokens[part.start + 1 : part.stop + 1]
+    targets = _targets(tokens, part)
     return -float(log_probability[np.arange(len(targets)), targets].sum())
+
+
+def _targets(tokens: np.ndarray, part: slice) -> np.ndarray:
+    """The tokens of a window (L,) that the rows ``part`` predict."""
+    return tokens[part.start + 1 : part.stop + 1]
 
 
 def _mean(samples: np.ndarray) -> Estimate:
@@ -327,3 +371,12 @@ def _exponential(samples: np.ndarray) -> Estimate:
     with np.errstate(over="ignore", invalid="ignore"):
         value = np.exp(np.float64(mean.value))
         return Estimate(float(value), float(value * mean.error))
+
+
+def _lost_share(own: np.ndarray, other: np.ndarray) -> Estimate:
+    """1 - mean(own) / mean(other) of samples (n,) that pair up; see ``Quality``."""
+    whole = float(other.mean())
+    if not whole:
+        return Estimate(math.nan, math.nan)
+    ratio = float(own.mean()) / whole
+    return Estimate(1.0 - ratio, _mean(own - ratio * other).error / whole)

@@ -60,6 +60,12 @@ def test_beside_the_model_everything_is_measured(run: Any, artifact: Path, tiny_
         # Another batch or thread count may sum in another order.
         assert found[name]["value"] == pytest.approx(estimate.value, rel=1e-5, abs=1e-9), name
         assert found[name]["error"] == pytest.approx(estimate.error, rel=1e-3, abs=1e-6), name
+    for name in ("accuracy", "reference_accuracy", "accuracy_loss"):
+        # In another order of sums one prediction of 1,008 may turn over, and the loss is relative to some 40 % of them.
+        assert found[name]["value"] == pytest.approx(getattr(expected, name).value, abs=3e-3), name
+        assert found[name]["error"] >= 0, name
+    assert 0.1 < found["accuracy"]["value"] < 0.9  # a trained model, and text that cannot be foreseen
+    assert found["accuracy_loss_bound"] == pytest.approx(expected.accuracy_loss_bound, abs=1e-2)
     assert 0 <= found["kl"]["value"] < 1e-8 and found["top1"]["value"] >= 0.999
     assert 5 < found["perplexity"]["value"] < 60  # a trained model on text that it has half seen
 
@@ -74,6 +80,10 @@ def test_for_people_every_value_has_its_standard_error(run: Any, artifact: Path,
     assert re.fullmatch(rf"100\.000 ± {NUMBER} % the same token", lines["top-1"])
     assert re.fullmatch(rf"{NUMBER} ± {NUMBER}, reference {NUMBER} ± {NUMBER}", lines["perplexity"])
     assert re.fullmatch(rf"1\.00000 ± {NUMBER}", lines["ratio"])
+    own = rf"{NUMBER} ± {NUMBER} % the text's own token, reference {NUMBER} ± {NUMBER} %"
+    assert re.fullmatch(own, lines["accuracy"])
+    loss = rf"-?{NUMBER} ± {NUMBER} % of the reference's accuracy, at 95 % confidence up to -?{NUMBER} %"
+    assert re.fullmatch(loss, lines["loss"])
     assert re.fullmatch(rf"window \d+: mean KL {NUMBER}", lines["worst"])
     assert lines["machine"].endswith(", 1 threads") and "onnxruntime " in lines["versions"]
 
@@ -86,8 +96,8 @@ def test_alone_there_is_a_perplexity_only(run: Any, artifact: Path, tmp_path: Pa
     assert (status, err) == (0, "")
     assert re.search(rf"^text +own\.txt \(sha256 {digest(content)[:16]}\)$", out, re.MULTILINE)
     assert re.search(rf"^perplexity +{NUMBER} ± {NUMBER}$", out, re.MULTILINE)
-    assert "no reference: perplexity only; --reference MODEL adds KL, agreement and the ratio\n" in out
-    assert "top-1" not in out
+    assert "no reference: perplexity only; --reference MODEL adds KL, agreement, accuracy and the ratio\n" in out
+    assert "top-1" not in out and "\naccuracy" not in out
     found = json.loads(run(*arguments, "--json")[1])
     assert "kl" not in found and found["reference"] is None
     with ryzen_compile.load(artifact, threads=1) as model:
@@ -97,8 +107,12 @@ def test_alone_there_is_a_perplexity_only(run: Any, artifact: Path, tmp_path: Pa
 
 def test_one_window_has_no_standard_error(run: Any, artifact: Path) -> None:
     arguments = (artifact, "--reference", artifact, "--tokens", 20, "--length", 20, "-t", 1, "--no-native")
-    assert json.loads(run(*arguments, "--json")[1])["ratio"] == {"value": 1.0, "error": None}
-    assert "ratio        1.00000 ± unknown\n" in run(*arguments)[1]
+    found = json.loads(run(*arguments, "--json")[1])
+    assert found["ratio"] == {"value": 1.0, "error": None}
+    assert found["accuracy_loss"] == {"value": 0.0, "error": None} and found["accuracy_loss_bound"] is None
+    out = run(*arguments)[1]
+    assert "ratio        1.00000 ± unknown\n" in out
+    assert "loss         0.000 ± unknown % of the reference's accuracy\n" in out
 
 
 def test_limits_are_held_to(run: Any, artifact: Path) -> None:
@@ -133,6 +147,7 @@ def test_a_damaged_head_misses_both_limits(run: Any, artifact: Path, tiny_python
     # The mean reaches this limit, the bound does not.
     assert run(*measure, "--fail-below-top1", mean - error)[0] == 7
     assert run(*measure, "--fail-below-top1", mean - 3 * error)[0] == 0
+    assert found["accuracy_loss_bound"] > found["accuracy_loss"]["value"]
     ratio = found["ratio"]["value"] + found["ratio"]["error"]
     assert run(*measure, "--fail-above-ratio", ratio)[0] == 7
     assert run(*measure, "--fail-above-ratio", ratio + 3 * found["ratio"]["error"])[0] == 0

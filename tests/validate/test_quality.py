@@ -69,7 +69,10 @@ def test_three_tokens_by_hand():
     assert found.perplexity.value == pytest.approx(math.sqrt(4 * 4), rel=1e-6)
     assert found.reference_perplexity.value == pytest.approx(math.sqrt(2 * 3), rel=1e-6)
     assert found.ratio.value == pytest.approx(4 / math.sqrt(6), rel=1e-6)
-    assert all(math.isnan(e.error) for e in (found.kl, found.top1, found.perplexity, found.ratio))
+    assert (found.accuracy.value, found.reference_accuracy.value) == (0, 0.5)  # p's first row alone is right
+    assert found.accuracy_loss.value == 1
+    single = (found.kl, found.top1, found.perplexity, found.ratio, found.accuracy, found.accuracy_loss)
+    assert all(math.isnan(estimate.error) for estimate in single)
 
 
 def test_kl_is_from_the_reference_to_the_candidate():
@@ -87,7 +90,7 @@ def test_identical_logits_are_exactly_identical():
     assert (found.kl.value, found.kl.error, found.worst_kl) == (0, 0, 0)
     assert (found.ratio.value, found.ratio.error, found.ratio_bound) == (1, 0, 1)
     assert (found.top1.value, found.top1.error, found.top1_bound) == (1, 0, 1)
-    assert found.perplexity == found.reference_perplexity
+    assert found.perplexity == found.reference_perplexity and found.accuracy == found.reference_accuracy
 
 
 def test_a_uniform_prediction_has_the_vocabulary_as_perplexity():
@@ -103,6 +106,7 @@ def direct(ours: np.ndarray, theirs: np.ndarray, ids: np.ndarray) -> dict[str, t
     q, p = q / q.sum(-1, keepdims=True), p / p.sum(-1, keepdims=True)
     hits = np.take_along_axis(np.stack([q, p]), ids[None, :, 1:, None], -1)[..., 0]
     own, other = -np.log(hits).mean(-1)
+    right, reference = (hits == np.stack([q, p]).max(-1)).mean(-1)
 
     def mean(x: np.ndarray) -> tuple[float, float]:
         return x.mean(), float(np.sqrt(np.cov(x) / len(x)))
@@ -111,12 +115,21 @@ def direct(ours: np.ndarray, theirs: np.ndarray, ids: np.ndarray) -> dict[str, t
         value, error = mean(x)
         return np.exp(value), np.exp(value) * error
 
+    def lost(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+        """The error from variances and covariance: of a ratio, relative ones add up, less what both have in common."""
+        ratio, ((v_a, v_ab), (_, v_b)) = a.mean() / b.mean(), np.cov(a, b) / len(a)
+        relative = v_a / a.mean() ** 2 + v_b / b.mean() ** 2 - 2 * v_ab / (a.mean() * b.mean())
+        return 1 - ratio, ratio * np.sqrt(relative)
+
     return {
         "kl": mean((p * np.log(p / q)).sum(-1).mean(-1)),
         "top1": mean((q.argmax(-1) == p.argmax(-1)).mean(-1)),
         "perplexity": power(own),
         "reference_perplexity": power(other),
         "ratio": power(own - other),
+        "accuracy": mean(right),
+        "reference_accuracy": mean(reference),
+        "accuracy_loss": lost(right, reference),
     }
 
 
@@ -124,20 +137,64 @@ def direct(ours: np.ndarray, theirs: np.ndarray, ids: np.ndarray) -> dict[str, t
 @pytest.mark.parametrize("chunk", [1, 50, 1 << 17])
 def test_values_and_standard_errors_against_numpy(monkeypatch, batch, chunk):
     monkeypatch.setattr(quality, "CHUNK", chunk)
-    theirs = random_logits(7, 9, 17, seed=2)
-    ours = theirs + random_logits(7, 9, 17, seed=3, spread=0.7)
     ids = windows(7, 9, 17)
+    theirs = random_logits(7, 9, 17, seed=2)
+    theirs[:, :-1] += 3 * np.eye(17, dtype=np.float32)[ids[:, 1:]]  # right about half of the time
+    ours = theirs + random_logits(7, 9, 17, seed=3, spread=0.7)
     candidate, reference = Written(ours), Written(theirs)
     found = score(candidate, reference, ids, batch=batch)
     for name, (value, error) in direct(ours, theirs, ids).items():
         estimate = getattr(found, name)
         assert estimate.value == pytest.approx(value, rel=1e-12), name
-        assert estimate.error == pytest.approx(error, rel=1e-12), name
+        # The loss's is a difference of larger numbers here.
+        assert estimate.error == pytest.approx(error, rel=1e-10 if name == "accuracy_loss" else 1e-12), name
     assert (found.tokens, found.windows) == (56, 7)
     assert candidate.batches == reference.batches and max(candidate.batches) == min(batch, 7)
     alone = perplexity(Written(ours), ids, batch=batch)
     assert alone.perplexity.value == pytest.approx(found.perplexity.value, rel=1e-12)
     assert alone.perplexity.error == pytest.approx(found.perplexity.error, rel=1e-12)
+
+
+def predicting(ids: np.ndarray, right: list[int]) -> Written:
+    """A scorer that foresees the first ``right[i]`` tokens of window i and takes the others for their successors."""
+    guesses = np.roll(ids, -1, axis=1)
+    for window, count in enumerate(right):
+        guesses[window, count:] = (guesses[window, count:] + 1) % 5
+    return Written(4 * np.eye(5)[guesses])
+
+
+def test_accuracy_and_its_loss_by_hand():
+    ids = windows(2, 5, 5)
+    found = score(predicting(ids, [2, 4]), predicting(ids, [4, 4]), ids)
+    assert (found.accuracy.value, found.reference_accuracy.value) == (0.75, 1)
+    assert found.accuracy.error == pytest.approx(0.25) and found.reference_accuracy.error == 0
+    # r = 3/4; what it leaves of the candidate's 1/2 and 1 is -1/4 and 1/4: sd 1/sqrt(8), over sqrt(2).
+    assert found.accuracy_loss.value == 0.25 and found.accuracy_loss.error == pytest.approx(0.25)
+
+
+def test_what_is_hard_for_both_is_no_uncertainty_of_the_loss():
+    ids = windows(6, 5, 5)
+    found = score(predicting(ids, [1, 2, 1, 1, 2, 2]), predicting(ids, [2, 4, 2, 2, 4, 4]), ids)
+    assert found.accuracy.error > 0.05 and found.reference_accuracy.error > 0.1
+    assert (found.accuracy_loss.value, found.accuracy_loss.error, found.accuracy_loss_bound) == (0.5, 0, 0.5)
+    # The same accuracies in other windows: the loss is as large, and far less is known of it.
+    other = score(predicting(ids, [2, 1, 2, 2, 1, 1]), predicting(ids, [2, 4, 2, 2, 4, 4]), ids)
+    assert other.accuracy_loss.value == 0.5 and other.accuracy_loss_bound > 0.7
+
+
+def test_a_candidate_may_predict_more_than_its_reference():
+    ids = windows(4, 5, 5)
+    found = score(predicting(ids, [4, 3, 3, 4]), predicting(ids, [4, 2, 3, 3]), ids)
+    assert found.accuracy_loss.value == pytest.approx(1 - 14 / 12)
+    assert found.accuracy_loss_bound > found.accuracy_loss.value
+
+
+def test_nothing_can_be_lost_of_nothing():
+    ids = windows(4, 5, 5)
+    for right in ([0, 0, 0, 0], [1, 0, 0, 2]):
+        found = score(predicting(ids, right), predicting(ids, [0] * 4), ids)
+        assert found.reference_accuracy.value == 0 and found.accuracy.value == sum(right) / 16
+        assert math.isnan(found.accuracy_loss.value) and not math.isfinite(found.accuracy_loss_bound)
 
 
 def test_the_worst_window_is_named():
@@ -177,6 +234,7 @@ def test_too_few_windows_bound_nothing():
     theirs, ours = random_logits(3, 4, 5, seed=0), random_logits(3, 4, 5, seed=1)
     found = score(Written(ours), Written(theirs), windows(3, 4, 5))
     assert found.ratio_bound == math.inf and found.top1_bound == -math.inf
+    assert not math.isfinite(found.accuracy_loss_bound)
 
 
 def test_bounds_are_on_the_side_that_hurts():
@@ -186,6 +244,8 @@ def test_bounds_are_on_the_side_that_hurts():
     t = 2.201  # Student's 97.5 % quantile at 11 degrees of freedom
     assert found.ratio_bound == pytest.approx(found.ratio.value + t * found.ratio.error, rel=1e-3)
     assert found.top1_bound == pytest.approx(found.top1.value - t * found.top1.error, rel=1e-3)
+    loss = found.accuracy_loss
+    assert loss.error > 0 and found.accuracy_loss_bound == pytest.approx(loss.value + t * loss.error, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""``ryzen-compile run``: the whole workflow of a configuration file, from a model to a report with a verdict."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ryzen_compile.cli import output
+from ryzen_compile.cli.failure import printable
+from ryzen_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from ryzen_compile.workflow.report_schema import FinalReport, PhaseRecord
+
+
+def run(
+    config: Annotated[Path | None, typer.Argument(help="The workflow, as YAML; see examples/configs.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Run this phase alone, behind finished ones.")] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Run this phase and those behind it again.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace one setting; may be repeated.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Write a timeline for ui.perfetto.dev.")] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of configurations, and stop.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Set up, train, optimize, validate, test and report; exits with 7 when a target was missed."""
+    from ryzen_compile.cli.trace import check_trace, write_trace
+    from ryzen_compile.cli.train import watching
+    from ryzen_compile.timeline import Timeline
+    from ryzen_compile.workflow.config import json_schema, read_workflow
+    from ryzen_compile.workflow.phases.report import HTML_NAME
+    from ryzen_compile.workflow.report_schema import PHASES
+    from ryzen_compile.workflow.run import run_workflow
+
+    if schema:
+        output.print_json(json_schema())
+        return
+    if config is None:
+        raise UsageError("run needs a configuration", hint="for example examples/configs/workflow.yaml")
+    check_trace(trace)
+    for name in (only, start):
+        if name is not None and name not in PHASES:
+            raise UsageError(f"there is no phase {name!r}", hint=f"phases are {', '.join(PHASES)}")
+    settings = read_workflow(config, changes or ())
+    console, silent = output.stderr(), quiet or as_json
+
+    def say(text: str) -> None:
+        if not silent:
+            console.print(f"  {printable(text)}", markup=False, highlight=False)
+
+    def phase(record: PhaseRecord) -> None:
+        if not silent:
+            why = f": {record.reason}" if record.reason else ""
+            console.print(f"[bold]{record.phase:<10}[/]{record.status} in {record.seconds:.1f} s{why}", highlight=False)
+
+    timeline = None if trace is None else Timeline()
+    with watching() as watcher:
+        finished = run_workflow(
+            settings,
+            command=_command(config, changes or ()),
+            only=only,  # type: ignore[arg-type]
+            start=start,  # type: ignore[arg-type]
+            say=say,
+            phase=phase,
+            watcher=None if silent else watcher,
+            timeline=timeline,
+        )
+    if timeline is not None and trace is not None:
+        write_trace(timeline, trace)
+    if finished.report is None:
+        if as_json:
+            output.print_json({"phases": [record.model_dump(mode="json") for record in finished.records]})
+        return
+    if as_json:
+        typer.echo(finished.report.model_dump_json(indent=2))  # which writes no NaN
+    else:
+        for line in verdict_lines(finished.report):
+            typer.echo(printable(line))
+        typer.echo(f"report: {printable(str(finished.directory / HTML_NAME))}")
+    if finished.report.summary.verdict == "FAIL":
+        raise typer.Exit(7)
+
+
+def verdict_lines(report: FinalReport) -> list[str]:
+    """Every check in a line, then the verdict."""
+    from ryzen_compile.cli.validate import check_lines
+
+    lines = check_lines([check for component in report.components for check in component.checks])
+    return [*lines, f"verdict: {report.summary.verdict}"]
+
+
+def _command(config: Path, changes: list[str] | tuple[()]) -> str:
+    return shlex.join(["ryzen-compile", "run", str(config), *(part for one in changes for part in ("--set", one))])

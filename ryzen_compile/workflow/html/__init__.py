@@ -1,0 +1,1 @@
+"""The report as one page: its template, its charts, and graphs drawn."""
