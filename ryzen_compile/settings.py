@@ -10,13 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ryzen_compile.errors import ConfigError
 from ryzen_compile.manifest import shown, shown_path
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_VALUES = 100_000  # with references spelled out, which a few lines of YAML can make 10^9
@@ -141,7 +144,7 @@ def _fault(root: type[BaseModel], error: ValidationError, name: str) -> str:
 
     Of the kinds that a setting may have, the one that fits furthest is meant.
     """
-    first = max(error.errors(), key=lambda fault: (fault["type"] == "extra_forbidden", len(fault["loc"])))
+    first = max(error.errors(), key=_fitness)
     alternatives = {"str", *_names(root)}  # pydantic puts the kind that it tried into the place
     path = [str(part) for part in first["loc"] if part not in alternatives]
     where = ".".join(part for part in path if not _VALIDATED_KIND.fullmatch(part))
@@ -151,6 +154,11 @@ def _fault(root: type[BaseModel], error: ValidationError, name: str) -> str:
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] in ("value_error", "missing") else f", got {shown(first['input'])}"
     return f"{name}: {where + ': ' if where else ''}{message}{got}"
+
+
+def _fitness(fault: ErrorDetails) -> tuple[bool, int, bool]:
+    """How far a value fitted before ``fault``: a section's own check comes when all of its settings did."""
+    return fault["type"] == "extra_forbidden", len(fault["loc"]), fault["type"] == "value_error"
 
 
 def _known(root: type[BaseModel], path: Sequence[int | str]) -> list[str]:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -246,18 +245,14 @@ def _check_prompts(prompts: np.ndarray, vocab: int) -> None:
 
 
 def _weights_bytes(engine: Engine) -> int:
-    """What an engine says its weights take, or what the files beside its model do."""
+    """What an engine says its weights take."""
     said: int | None = getattr(engine, "weights_bytes", None)
-    if said is not None:
-        return said
-    model: Path | None = getattr(engine, "_path", None)  # an artifact's, or of one that lives as long as the engine
-    found = [] if model is None else sorted(model.parent.glob("*.onnx.data"))
-    if not found:
+    if not said:
         raise UsageError(
             f"nothing says how many bytes the weights of engine {engine.name!r} take",
             hint="measure an artifact's engine or HuggingFaceEager, or give the engine an attribute weights_bytes",
         )
-    return sum(path.stat().st_size for path in found)
+    return said
 
 
 def _cache_bytes(engine: Engine, cache: KVCache) -> int:

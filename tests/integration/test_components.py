@@ -22,9 +22,11 @@ from ryzen_compile.errors import ResourceError, TamperedError
 from ryzen_compile.manifest import read_manifest, verify_files
 from ryzen_compile.numerics.codebook import CodebookTensor
 from ryzen_compile.numerics.divergence import mean_divergence
+from ryzen_compile.runtime.speculative.settings import Speculation
 from ryzen_compile.validate.quality import EngineScorer, ModelScorer, score
 
 NEW = 32
+LOOKUP = Speculation(drafters=("lookup",), tokens=4, fixed=True)  # whatever a step costs on this machine today
 FLOAT_TOLERANCE = 1e-4  # logits of order ten, float32 sums in another order; two best tokens are rarely that close
 FUSIONS = ("fuse_rotary", "fuse_norm", "fuse_add_norm", "merge_linear", "fuse_linear", "insert_kv_cache")
 PARTS = ("codes", "codebook", "scales", "gain", "offset", "slots", "kept")
@@ -160,7 +162,7 @@ def test_speculation_leaves_the_text_as_it_was(
     drafts are accepted, and so some steps saved; how many depends on the text."""
     with artifacts.open("fp32") as model:
         plain = greedy(model, prompts, 2 * NEW)
-        drafted = greedy(model, prompts, 2 * NEW, prompt_lookup_num_tokens=4)
+        drafted = greedy(model, prompts, 2 * NEW, speculation=LOOKUP)
         found = model.speculation
     record_property("acceptance", found.acceptance_rate)
     record_property("tokens_per_step", found.tokens / found.steps)

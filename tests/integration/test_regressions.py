@@ -47,8 +47,8 @@ def test_decoding_is_faster_than_in_hugging_face(artifacts: Any, float_model: An
 
 
 def test_integer_weights_read_prompts_as_fast_as_floats(artifacts: Any, record_property: Record) -> None:
-    """1.6 to 2.1 times as fast on native products, 0.96 to 1.3 on ONNX Runtime's own, which those would fall back to, and
-    0.3 there if prompts were read token by token."""
+    """1.6 to 2.1 times as fast on native products. 0.96 to 1.3 on ONNX Runtime's own, which those would fall back to,
+    and 0.3 there if these prompts were read token by token."""
     least = 0.6 if native.unusable() else 1.1
     with artifacts.open("fp32") as floats, artifacts.open("int4") as integers:
         theirs, ours = measure([floats.engine, integers.engine], [Workload("pp", 256)], repeats=15)

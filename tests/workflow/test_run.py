@@ -1,33 +1,25 @@
-"""The workflow's mechanics: what runs, what is not repeated, and that no interruption loses what was finished."""
+"""The workflow's mechanics: what runs, in which order, and that no interruption loses what was finished."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from ryzen_compile import publish
 from ryzen_compile.api import load
-from ryzen_compile.backends.onnxruntime import native
-from ryzen_compile.errors import ArtifactError, BusyError, ConfigError, ModelError, ResourceError, UsageError
-from ryzen_compile.settings import parse_settings
+from ryzen_compile.errors import ModelError, UsageError
 from ryzen_compile.timeline import Timeline
-from ryzen_compile.workflow import report_schema, run
-from ryzen_compile.workflow.config import WorkflowConfig
+from ryzen_compile.workflow import run
 from ryzen_compile.workflow.journal import JOURNAL_NAME, Journal
-from ryzen_compile.workflow.phase import ARTIFACT_NAME, CHANGES_NAME, SETUP_NAME, Place, Step
-from ryzen_compile.workflow.phases import setup
-from ryzen_compile.workflow.phases.report import HTML_NAME, MARKDOWN_NAME
+from ryzen_compile.workflow.phase import ARTIFACT_NAME, SETUP_NAME, Place
 from ryzen_compile.workflow.report_schema import (
     FINAL_NAME,
     PHASES,
@@ -37,83 +29,32 @@ from ryzen_compile.workflow.report_schema import (
     PhaseRecord,
     ValidationReport,
 )
-from ryzen_compile.workflow.run import Finished, run_workflow
-from tests.train.tiny_run import tiny_config, write_text
-from tests.workflow.tiny_workflow import COMMAND, MODEL, config, copied, finished_workflow, statuses, times
+from ryzen_compile.workflow.run import run_workflow
+from tests.workflow.tiny_workflow import (
+    COMMAND,
+    IDLE,
+    MADE,
+    MEASURED,
+    MODEL,
+    WORKING,
+    WRITES,
+    config,
+    copied,
+    expected,
+    finished_workflow,
+    journal_phases,
+    nothing_runs,
+    replayed,
+    statuses,
+    times,
+)
 
 SECONDS = 300  # that a child may take on a busy machine; none is meant to
-WORKING = ("setup", "optimize", "validate", "report")  # of a workflow without training and tests
-IDLE = {"train": "skipped", "test": "skipped"}
-WRITES = {
-    "setup": (SETUP_NAME,),
-    "optimize": (ARTIFACT_NAME, CHANGES_NAME),
-    "validate": (VALIDATION_NAME,),
-    "test": (TESTS_NAME,),
-    "report": (FINAL_NAME, HTML_NAME, MARKDOWN_NAME),
-}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished_workflow(tmp_path_factory)
-
-
-def expected(ran: Sequence[str]) -> dict[str, str]:
-    return {phase: IDLE.get(phase) or ("done" if phase in ran else "reused") for phase in PHASES}
-
-
-def work_replaced(monkeypatch: pytest.MonkeyPatch, work: Callable[[Step], Callable[[Place], tuple[str, ...]]]) -> None:
-    """Every phase does what ``work`` makes of it; inputs and idleness stay what they are."""
-    monkeypatch.setattr(run, "STEPS", tuple(replace(step, work=work(step)) for step in run.STEPS))
-
-
-def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(step: Step) -> Callable[[Place], tuple[str, ...]]:
-        def fail(_: Place) -> tuple[str, ...]:
-            raise AssertionError(f"{step.phase} ran")
-
-        return fail
-
-    work_replaced(monkeypatch, refuse)
-
-
-def replayed(monkeypatch: pytest.MonkeyPatch, finished: Path) -> list[str]:
-    """Phases leave what they left in ``finished``, each time a little different; returned is which of them ran."""
-    ran: list[str] = []
-    runs = itertools.count(1)
-
-    def replay(step: Step) -> Callable[[Place], tuple[str, ...]]:
-        def work(place: Place) -> tuple[str, ...]:
-            ran.append(step.phase)
-            number = next(runs)
-            for name in WRITES[step.phase]:
-                target = place.directory / name
-                if (finished / name).is_dir():
-                    shutil.rmtree(target, ignore_errors=True)
-                    shutil.copytree(finished / name, target)
-                    (target / "run").write_text(f"{number}")
-                else:
-                    target.write_bytes((finished / name).read_bytes() + b"\n" * number)
-            return WRITES[step.phase]
-
-        return work
-
-    work_replaced(monkeypatch, replay)
-    return ran
-
-
-def interrupting(at: str) -> Callable[[str], None]:
-    """Listens to what is said, and stops at the first line that begins with ``at``."""
-
-    def say(text: str) -> None:
-        if text.startswith(at):
-            raise KeyboardInterrupt
-
-    return say
-
-
-def journal_phases(output: Path) -> list[str]:
-    return list(json.loads((output / JOURNAL_NAME).read_text())["phases"])
 
 
 # --- a whole run, and the one behind it -------------------------------------------------------------------------------
@@ -132,6 +73,13 @@ def test_a_whole_run_leaves_everything(finished: Path) -> None:
     assert [change.name for change in report.changes] == [record["name"] for record in report.passes["records"]]
     with load(finished / ARTIFACT_NAME) as model:
         assert model.generate([1, 2, 3], max_new_tokens=2).shape[-1] >= 2
+
+
+def test_setup_says_what_the_machine_is(finished: Path) -> None:
+    """Read by people who were sent a report: machine, checks, and the model as it was called."""
+    facts = json.loads((finished / SETUP_NAME).read_text())
+    assert {check["name"] for check in facts["checks"]} == {"processor", "memory", "libraries", "onnxruntime"}
+    assert facts["machine"]["cpu"]["name"] and facts["model"] == str(MODEL)
 
 
 def test_a_second_run_repeats_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +107,16 @@ def test_a_run_elsewhere_is_another_one(finished: Path, tmp_path: Path, monkeypa
     ran = replayed(monkeypatch, finished)
     assert statuses(run_workflow(config(tmp_path / "deep" / "out"), command=COMMAND)) == expected(WORKING)
     assert ran == list(WORKING)
+
+
+def interrupting(at: str) -> Callable[[str], None]:
+    """Listens to what is said, and stops at the first line that begins with ``at``."""
+
+    def say(text: str) -> None:
+        if text.startswith(at):
+            raise KeyboardInterrupt
+
+    return say
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
@@ -269,192 +227,6 @@ def test_a_run_that_is_killed_goes_on(
     assert statuses(run_workflow(config(output), command=COMMAND)) == expected([])
 
 
-# --- what a change repeats --------------------------------------------------------------------------------------------
-MEASURED = ("validate", "report")
-MADE = ("optimize", "validate", "report")
-CHANGES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "nothing": ({}, ()),
-    "threshold": ({"thresholds": {"kernel_speedup": 1.5}}, MEASURED),
-    "tolerance": ({"thresholds": {"tolerance": 0.5}}, MEASURED),
-    "rounds": ({"validation": {"rounds": 2}}, MEASURED),
-    "compare": ({"validation": {"compare": ["int8"]}}, MEASURED),
-    "recipe": ({"optimize": {"recipe": "int8"}}, MADE),
-    "cache": ({"optimize": {"kv": "int8"}}, MADE),
-    "verify": ({"optimize": {"verify": True}}, MADE),
-    "tuning": ({"optimize": {"tune_seconds": 1}}, MADE),
-    "seed": ({"seed": 7}, ()),  # of random weights, which a model has none of
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_setting_repeats_what_depends_on_it(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
-    output = copied(finished, tmp_path / "out")
-    before = times(output)
-    ran = replayed(monkeypatch, finished)
-    changes, repeated = CHANGES[change]
-    assert statuses(run_workflow(config(output, **changes), command=COMMAND)) == expected(repeated)
-    assert ran == list(repeated)
-    kept = [name for phase in WORKING if phase not in repeated for name in WRITES[phase] if name != ARTIFACT_NAME]
-    assert {name: times(output)[name] for name in kept} == {name: before[name] for name in kept}
-    run_workflow(config(output, **changes), command=COMMAND)
-    assert ran == list(repeated)  # once
-
-
-def test_setting_it_back_repeats_it(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the last run is remembered."""
-    output = copied(finished, tmp_path / "out")
-    ran = replayed(monkeypatch, finished)
-    run_workflow(config(output, thresholds={"kernel_speedup": 1.5}), command=COMMAND)
-    run_workflow(config(output), command=COMMAND)
-    assert ran == [*MEASURED, *MEASURED]
-
-
-def test_another_command_is_another_report(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which says how it is written again."""
-    output = copied(finished, tmp_path / "out")
-    ran = replayed(monkeypatch, finished)
-    run_workflow(config(output), command=f"{COMMAND} --set seed=1")
-    assert ran == ["report"]
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "value", "repeated", "repeated_tuned"),
-    [
-        (run, "digest_package", "another", WORKING, WORKING),
-        (setup, "read_versions", {"onnxruntime": "1.2.3"}, WORKING, WORKING),
-        (setup, "cpu_key", "zen9-3c", ("setup", *MEASURED), WORKING),
-        (native, "library", Path(__file__), ("setup", *MEASURED), WORKING),
-    ],
-    ids=["package", "libraries", "machine", "operators"],
-)
-def test_other_surroundings_repeat_what_depends_on_them(
-    finished: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    owner: Any,
-    name: str,
-    value: object,
-    repeated: Sequence[str],
-    repeated_tuned: Sequence[str],
-) -> None:
-    """The machine counts for an artifact only where it was measured for it."""
-    ran = replayed(monkeypatch, finished)
-    for seconds, wanted in ((0, repeated), (1, repeated_tuned)):
-        output = copied(finished, tmp_path / f"out{seconds}")
-        tuned = config(output, optimize={"tune_seconds": seconds})
-        run_workflow(tuned, command=COMMAND)
-        ran.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(owner, name, lambda *_: value)
-            run_workflow(tuned, command=COMMAND)
-        assert ran == list(wanted)
-
-
-def test_files_that_settings_name_count_by_their_bytes(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Model, text, calibration: a path that stays the same with something else behind it is another input."""
-    output = copied(finished, tmp_path / "out")
-    model = tmp_path / "model"
-    shutil.copytree(MODEL, model)
-    texts = [tmp_path / name for name in ("validation.txt", "calibration.txt")]
-    for text in texts:
-        text.write_text("def words():\n    return 'of some text'\n" * 99)
-    asked = config(
-        output,
-        model=str(model),
-        validation={"text": str(texts[0])},
-        optimize={"calibration": str(texts[1])},
-    )
-    ran = replayed(monkeypatch, finished)
-    run_workflow(asked, command=COMMAND)
-
-    def repeated() -> list[str]:
-        ran.clear()
-        run_workflow(asked, command=COMMAND)
-        return list(ran)
-
-    assert repeated() == []
-    for file in (*texts, model / "config.json"):
-        file.touch()
-    (model / ".cache").mkdir()
-    (model / ".cache" / "lock").touch()
-    assert repeated() == []
-    texts[0].write_text("another text\n" * 99)
-    assert repeated() == list(MEASURED)
-    texts[1].write_text("another text\n" * 99)
-    assert repeated() == list(MADE)
-    card = model / "README.md"
-    card.write_text(card.read_text() + "\n")
-    assert repeated() == list(MADE)
-
-
-def test_the_same_model_elsewhere_is_the_same(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Setup looks where it is; what is made of it stays."""
-    output = copied(finished, tmp_path / "out")
-    shutil.copytree(MODEL, tmp_path / "model")
-    ran = replayed(monkeypatch, finished)
-    run_workflow(config(output, model=str(tmp_path / "model")), command=COMMAND)
-    assert ran == ["setup"]
-
-
-def test_the_seed_of_a_shape(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = copied(finished, tmp_path / "out")
-    ran = replayed(monkeypatch, finished)
-    for changes, repeated in (
-        ({}, list(WORKING)),
-        ({}, []),
-        ({"seed": 7}, list(MADE)),
-        ({"seed": 7, "shape": "smollm2-135m"}, list(WORKING)),
-    ):
-        ran.clear()
-        run_workflow(config(output, **{"model": None, "shape": "qwen2.5-0.5b", **changes}), command=COMMAND)
-        assert ran == repeated
-
-
-@pytest.mark.parametrize(
-    ("name", "repeated"),
-    [
-        (SETUP_NAME, ("setup",)),
-        (CHANGES_NAME, ("optimize", *MEASURED)),
-        (f"{ARTIFACT_NAME}/report.json", ("optimize", *MEASURED)),
-        (VALIDATION_NAME, MEASURED),
-        (HTML_NAME, ("report",)),
-    ],
-)
-@pytest.mark.parametrize("removed", [False, True])
-def test_what_was_damaged_is_made_again(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, repeated: Sequence[str], removed: bool
-) -> None:
-    output = copied(finished, tmp_path / "out")
-    if removed:
-        (output / name).unlink()
-    else:
-        (output / name).write_text("{}")
-    ran = replayed(monkeypatch, finished)
-    run_workflow(config(output), command=COMMAND)
-    assert ran == list(repeated)
-
-
-def test_a_damaged_artifact_is_exported_again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For real, one bit of its weights: the new one has the digests that the old one had."""
-    output = copied(finished, tmp_path / "out")
-    weights = output / ARTIFACT_NAME / "model.onnx.data"
-    sound = weights.read_bytes()
-    weights.write_bytes(sound[:12345] + bytes([sound[12345] ^ 4]) + sound[12346:])
-    real = {step.phase: step.work for step in run.STEPS}
-    replayed(monkeypatch, finished)
-    monkeypatch.setattr(
-        run, "STEPS", tuple(replace(s, work=real[s.phase]) if s.phase == "optimize" else s for s in run.STEPS)
-    )
-    assert statuses(run_workflow(config(output), command=COMMAND))["optimize"] == "done"
-    assert weights.read_bytes() == sound
-    with load(output / ARTIFACT_NAME):
-        pass
-
-
 # --- one phase, or from one on ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("phase", PHASES)
 def test_only_one_phase(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: Any) -> None:
@@ -515,155 +287,6 @@ def test_only_and_from_exclude_each_other(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# --- outputs that are not ours ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("names", [("thesis.txt",), (SETUP_NAME, "thesis.txt"), (ARTIFACT_NAME,), (HTML_NAME,)])
-def test_foreign_files_are_refused_and_stay(tmp_path: Path, names: Sequence[str]) -> None:
-    output = tmp_path / "out"
-    output.mkdir()
-    for name in names:
-        (output / name).write_text("mine")
-    with pytest.raises(ArtifactError, match=f"holds '{min(names)}' and no workflow; choose another output"):
-        run_workflow(config(output), command=COMMAND)
-    assert {path.name: path.read_text() for path in output.iterdir()} == dict.fromkeys(names, "mine")
-
-
-def test_a_foreign_journal_is_refused_and_stays(tmp_path: Path) -> None:
-    (tmp_path / JOURNAL_NAME).write_text('{"jobs": []}')
-    with pytest.raises(ArtifactError, match="is no journal of a workflow"):
-        run_workflow(config(tmp_path), command=COMMAND)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {JOURNAL_NAME: '{"jobs": []}'}
-
-
-def test_a_foreign_artifact_is_refused_and_stays(finished: Path, tmp_path: Path) -> None:
-    """Somebody put files of theirs where the artifact goes."""
-    output = copied(finished, tmp_path / "out")
-    shutil.rmtree(output / ARTIFACT_NAME)
-    (output / ARTIFACT_NAME).mkdir()
-    (output / ARTIFACT_NAME / "thesis.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="is not empty"):
-        run_workflow(config(output), command=COMMAND)
-    assert (output / ARTIFACT_NAME / "thesis.txt").read_text() == "mine"
-
-
-def test_hidden_files_and_empty_directories_are_nobodys(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / f".{JOURNAL_NAME}.new").write_text("left by a run that was killed in its first moment")
-    ran = replayed(monkeypatch, finished)
-    run_workflow(config(output), command=COMMAND)
-    assert ran == list(WORKING)
-
-
-def test_an_output_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(UsageError, match=r"out' is a file, expected a directory"):
-        run_workflow(config(tmp_path / "out"), command=COMMAND)
-    with pytest.raises(ResourceError, match=r"out' cannot be made"):
-        run_workflow(config(tmp_path / "out" / "below"), command=COMMAND)
-    assert (tmp_path / "out").read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-HOLDER = f"""
-import sys, types
-package = types.ModuleType("ryzen_compile")
-package.__path__ = [{str(Path(publish.__file__).parent)!r}]
-sys.modules["ryzen_compile"] = package
-from ryzen_compile.publish import locked
-with locked(sys.argv[1]):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_another_process_works_there(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
-) -> None:
-    """Refused before anything is read or written; when it is gone, whichever way, the output is free."""
-    output = copied(finished, tmp_path / "out")
-    before = times(output)
-    nothing_runs(monkeypatch)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
-        with pytest.raises(BusyError, match=rf"process '{holder.pid}' .* is writing .*out'"):
-            run_workflow(config(output), command=COMMAND)
-        assert times(output) == before
-        run_workflow(config(copied(finished, tmp_path / "other")), command=COMMAND)  # which nobody holds
-        if killed:
-            holder.kill()
-    finally:
-        holder.communicate(timeout=SECONDS)
-    run_workflow(config(output), command=COMMAND)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
-
-
-def test_the_lock_goes_with_a_run_that_fails(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing_runs(monkeypatch)
-    for _ in range(2):
-        with pytest.raises(AssertionError, match="setup ran"):
-            run_workflow(config(tmp_path / "out"), command=COMMAND)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-# --- what is known to fail is refused before minutes of work ----------------------------------------------------------
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"model": "/none/such"}, ModelError, "does not exist"),
-        ({"model": None, "shape": "llama"}, ConfigError, "there is no shape 'llama'; shapes are"),
-        ({"validation": {"text": "/none/such.txt"}}, UsageError, "there is no text at '/none/such.txt'"),
-        ({"optimize": {"calibration": "/none/such.txt"}}, UsageError, "there is no text at '/none/such.txt'"),
-        ({"validation": {"draft": "/none/such"}}, ArtifactError, "/none/such"),
-    ],
-    ids=["model", "shape", "text", "calibration", "draft"],
-)
-def test_setup_looks_for_what_later_phases_need(
-    tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        run_workflow(config(tmp_path / "out", **changes), command=COMMAND)
-    assert journal_phases(tmp_path / "out") == []
-
-
-def test_a_machine_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = replace(setup.check_isa(setup.read_machine()), status="fail", detail="no AVX2", fix="use another machine")
-    monkeypatch.setattr(setup, "check_isa", lambda _: failing)
-    with pytest.raises(ResourceError, match="no AVX2; use another machine"):
-        run_workflow(config(tmp_path / "out"), command=COMMAND)
-    assert journal_phases(tmp_path / "out") == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"optimize": {"recipe": "int9"}}, "optimize: there is no recipe 'int9'; did you mean 'int8'"),
-        ({"optimize": {"target_bits": 3.5}}, "optimize: recipe 'fp32' keeps float32 weights"),
-        (
-            {"optimize": {"kv": {"dtpe": "int8"}}},
-            r"optimize\.kv\.dtpe: there is no such setting, the nearest is 'dtype'",
-        ),
-        ({"validation": {"compare": ["int8", "int5"]}}, "there is no recipe 'int5'; did you mean 'int8'"),
-        ({"shape": "tinyllama-1.1b"}, "exactly one of model, shape and train"),
-        ({"model": None}, "exactly one of model, shape and train"),
-        ({"model": ""}, "model: String should have at least 1 character"),
-    ],
-)
-def test_settings_that_cannot_be(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        config(tmp_path, **changes)
-
-
-def test_an_output_that_is_nowhere() -> None:
-    """Which would be taken for the directory that one stands in."""
-    with pytest.raises(ConfigError, match="output: String should have at least 1 character"):
-        parse_settings(WorkflowConfig, {"output": "", "model": "there"})
-
-
 # --- a timeline -------------------------------------------------------------------------------------------------------
 def test_phases_that_ran_are_spans(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timeline = Timeline()
@@ -673,172 +296,3 @@ def test_phases_that_ran_are_spans(finished: Path, tmp_path: Path, monkeypatch: 
     timeline.write(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert [event["name"] for event in events if event["ph"] == "X"] == list(MEASURED)
-
-
-# --- a workflow with training -----------------------------------------------------------------------------------------
-class Watched:
-    """Counts the steps of a run, and stops it from the keyboard behind step ``last``."""
-
-    def __init__(self, last: int | None = None) -> None:
-        self.steps: list[int] = []
-        self._last = last
-
-    def batch(self, metrics: Any, _: int) -> None:
-        self.steps.append(metrics.step)
-        if metrics.step == self._last:
-            raise KeyboardInterrupt
-
-    def event(self, text: str) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Any], Finished, list[list[int]]]:
-    """The settings of a workflow with a training run, what came of it, and the steps of its two attempts."""
-    pytest.importorskip("accelerate")
-    directory = tmp_path_factory.mktemp("trained")
-    file = directory / "train.yaml"
-    write_text(directory)
-    file.write_text(yaml.safe_dump(tiny_config(directory).model_dump(mode="json")))
-    changes = {
-        "model": None,
-        "train": {"config": str(file), "mode": "baseline", "changes": ["optimization.steps=5"]},
-        "validation": {"prompt_tokens": 5, "context": 9, "tokens": 33, "length": 11},
-    }
-    asked = config(directory / "out", **changes)
-    watched = [Watched(3), Watched()]
-    with pytest.raises(KeyboardInterrupt):
-        run_workflow(asked, command=COMMAND, watcher=watched[0])
-    assert journal_phases(directory / "out") == ["setup"]
-    return changes, run_workflow(asked, command=COMMAND, watcher=watched[1]), [one.steps for one in watched]
-
-
-def test_training_goes_on_from_its_last_checkpoint(
-    trained: tuple[Mapping[str, Any], Finished, list[list[int]]],
-) -> None:
-    """Checkpoints are saved every second step: of the three steps that were done, the third is repeated."""
-    _, found, steps = trained
-    assert steps == [[1, 2, 3], [3, 4, 5]]
-    assert statuses(found) == {"setup": "reused", "test": "skipped"} | dict.fromkeys(
-        ("train", "optimize", "validate", "report"), "done"
-    )
-
-
-def test_a_trained_model_is_exported_and_reported(
-    trained: tuple[Mapping[str, Any], Finished, list[list[int]]],
-) -> None:
-    _, found, _ = trained
-    report = found.report
-    assert report is not None and report.training is not None
-    assert (report.training["steps"], report.training["mode"]) == (5, "baseline")
-    assert report.metadata.model == "the trained model"
-    model = found.directory / "training" / "baseline" / "model"
-    sizes = json.loads((model / "config.json").read_text())
-    with load(found.directory / ARTIFACT_NAME) as exported:
-        assert (exported.spec.vocab, exported.spec.context) == (sizes["vocab_size"], sizes["max_position_embeddings"])
-    whole = json.loads((found.directory / "training_metrics_report.json").read_text())
-    assert whole["summary"]["validation_loss"] == report.training["validation_loss"]
-    assert report.summary.verdict == "PASS"
-
-
-def test_a_trained_workflow_that_is_through_repeats_nothing(
-    trained: tuple[Mapping[str, Any], Finished, list[list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Wherever it lies: where a run goes is no part of what it is."""
-    changes, found, _ = trained
-    output = copied(found.directory, tmp_path / "out")
-    nothing_runs(monkeypatch)
-    again = run_workflow(config(output, **changes), command=COMMAND)
-    assert statuses(again) == {"test": "skipped"} | dict.fromkeys([one for one in PHASES if one != "test"], "reused")
-    assert again.report is not None and found.report is not None
-    assert again.report.model_dump_json() == found.report.model_dump_json()  # which may hold NaN
-
-
-def test_another_training_run_is_refused_as_training_refuses_it(
-    trained: tuple[Mapping[str, Any], Finished, list[list[int]]], tmp_path: Path
-) -> None:
-    """What was trained for hours is not thrown away for a changed setting."""
-    changes, found, _ = trained
-    output = copied(found.directory, tmp_path / "out")
-    changed = {**changes, "train": {**changes["train"], "changes": ["optimization.steps=5", "optimization.lr=0.5"]}}
-    with pytest.raises(ConfigError, match=r"optimization\.lr was 0\.01, now 0\.5.*another output"):
-        run_workflow(config(output, **changed), command=COMMAND)
-    assert (output / "training" / "baseline" / "model" / "model.safetensors").exists()
-    assert "train" not in journal_phases(output)
-
-
-def test_a_damaged_model_is_saved_again_from_its_checkpoint(
-    trained: tuple[Mapping[str, Any], Finished, list[list[int]]], tmp_path: Path
-) -> None:
-    """Not one step is repeated, and what was exported of the same weights is reused."""
-    changes, found, _ = trained
-    output = copied(found.directory, tmp_path / "out")
-    weights = output / "training" / "baseline" / "model" / "model.safetensors"
-    sound = weights.read_bytes()
-    weights.write_bytes(sound[:-1])
-    watched = Watched()
-    again = run_workflow(config(output, **changes), command=COMMAND, only="train", watcher=watched)
-    assert statuses(again) == {"setup": "reused", "train": "done"}
-    assert weights.read_bytes() == sound and watched.steps == []
-
-
-# --- a workflow with tests --------------------------------------------------------------------------------------------
-SUITE = """
-def test_adds_up():
-    assert 1 + 1 == 2
-
-def test_does_not_add_up():
-    assert 1 + 1 == {sum}
-"""
-
-
-def test_a_failing_test_fails_the_workflow_by_name(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Then it is mended: only the tests run again. What was compiled of them meanwhile is no change of theirs."""
-    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
-    output = copied(finished, tmp_path / "out")
-    suite = tmp_path / "suite"
-    suite.mkdir()
-    file = suite / "test_sums.py"
-    file.write_text(SUITE.format(sum=3))
-    asked = config(output, tests={"paths": [str(suite)]}, thresholds={"test_pass_rate": 0.95})
-    said: list[str] = []
-    found = run_workflow(asked, command=COMMAND, say=said.append)
-    with_tests = {"train": "skipped", "setup": "reused", "optimize": "reused"}
-    assert statuses(found) == with_tests | {"validate": "done", "test": "done", "report": "done"}
-    assert found.report is not None and found.report.summary.verdict == "FAIL"
-    check = found.report.components[-1].checks[0]
-    assert (check.component, check.check, check.status) == ("tests", "test_pass_rate", "FAIL")
-    assert (check.culprit, check.measured.value if check.measured else None) == ("test_does_not_add_up", 0.5)
-    assert check.details == {"passed": 1, "failed": 1, "error": 0, "skipped": 0} and check.measured.samples == 2
-    assert any("test_does_not_add_up" in line and "failed" in line for line in said)
-    assert "test_does_not_add_up" in (output / MARKDOWN_NAME).read_text()
-    tests = report_schema.TestReport.model_validate_json((output / TESTS_NAME).read_bytes())
-    assert {case.name: case.status for case in tests.tests} == {
-        "test_adds_up": "passed",
-        "test_does_not_add_up": "failed",
-    }
-
-    reused = with_tests | {"validate": "reused"}
-    assert statuses(run_workflow(asked, command=COMMAND)) == reused | {"test": "reused", "report": "reused"}
-    file.write_text(SUITE.format(sum=2))
-    found = run_workflow(asked, command=COMMAND)
-    assert statuses(found) == reused | {"test": "done", "report": "done"}
-    assert found.report is not None and found.report.summary.verdict == "PASS"
-
-    without = config(output, thresholds={"test_pass_rate": 0.95})
-    found = run_workflow(without, command=COMMAND)  # the old report of the tests is still there, and not told of
-    assert statuses(found) == reused | {"test": "skipped", "report": "done"}
-    assert found.report is not None and found.report.components[-1].status == "SKIPPED"
-
-
-def test_tests_that_are_not_there_fail_the_workflow(finished: Path, tmp_path: Path) -> None:
-    """Asked for and not run is not passed."""
-    output = copied(finished, tmp_path / "out")
-    asked = config(output, tests={"paths": [str(tmp_path / "absent")]}, thresholds={"test_pass_rate": 0.95})
-    run_workflow(asked, command=COMMAND, only="test")
-    found = run_workflow(asked, command=COMMAND, only="report")
-    assert found.report is not None and found.report.summary.verdict == "FAIL"
-    check = found.report.components[-1].checks[0]
-    assert check.status == "FAIL" and "absent" in check.reason

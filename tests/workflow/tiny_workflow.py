@@ -5,17 +5,32 @@ Nothing here is held to a target: what is tested is which phases run, and speed 
 
 from __future__ import annotations
 
+import itertools
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ryzen_compile.api import read_source
 from ryzen_compile.settings import parse_settings
 from ryzen_compile.validate.thresholds import Thresholds
+from ryzen_compile.workflow import run
 from ryzen_compile.workflow.config import WorkflowConfig
-from ryzen_compile.workflow.report_schema import FinalReport, PhaseRecord
+from ryzen_compile.workflow.journal import JOURNAL_NAME
+from ryzen_compile.workflow.phase import ARTIFACT_NAME, CHANGES_NAME, SETUP_NAME, Place, Step
+from ryzen_compile.workflow.phases.report import HTML_NAME, MARKDOWN_NAME
+from ryzen_compile.workflow.report_schema import (
+    FINAL_NAME,
+    PHASES,
+    TESTS_NAME,
+    VALIDATION_NAME,
+    FinalReport,
+    PhaseRecord,
+)
 from ryzen_compile.workflow.run import Finished, run_workflow
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-python-lm"
@@ -34,7 +49,26 @@ VALIDATION: dict[str, Any] = {
     "parts": False,
 }
 OPTIMIZE: dict[str, Any] = {"recipe": "fp32", "verify": False, "tune_seconds": 0}
+WORKING = ("setup", "optimize", "validate", "report")  # phases of a workflow without training and tests
+IDLE = {"train": "skipped", "test": "skipped"}
+WRITES = {
+    "setup": (SETUP_NAME,),
+    "optimize": (ARTIFACT_NAME, CHANGES_NAME),
+    "validate": (VALIDATION_NAME,),
+    "test": (TESTS_NAME,),
+    "report": (FINAL_NAME, HTML_NAME, MARKDOWN_NAME),
+}
+MEASURED = ("validate", "report")
+MADE = ("optimize", "validate", "report")
 _SHARED: dict[str, Path] = {}
+
+
+def two_layers() -> Any:
+    """The shipped model's first two layers as a float32 transformers model, which is captured in a moment."""
+    model: Any = read_source(MODEL).model.float().eval()
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    return model
 
 
 def settings(output: Path, **changes: Any) -> dict[str, Any]:
@@ -87,3 +121,51 @@ def times(directory: Path) -> dict[str, int]:
         for path in sorted(directory.rglob("*"))
         if path.is_file() and not path.name.startswith(".")
     }
+
+
+def expected(ran: Sequence[str]) -> dict[str, str]:
+    return {phase: IDLE.get(phase) or ("done" if phase in ran else "reused") for phase in PHASES}
+
+
+def work_replaced(monkeypatch: pytest.MonkeyPatch, work: Callable[[Step], Callable[[Place], tuple[str, ...]]]) -> None:
+    """Every phase does what ``work`` makes of it; inputs and idleness stay what they are."""
+    monkeypatch.setattr(run, "STEPS", tuple(replace(step, work=work(step)) for step in run.STEPS))
+
+
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(step: Step) -> Callable[[Place], tuple[str, ...]]:
+        def fail(_: Place) -> tuple[str, ...]:
+            raise AssertionError(f"{step.phase} ran")
+
+        return fail
+
+    work_replaced(monkeypatch, refuse)
+
+
+def replayed(monkeypatch: pytest.MonkeyPatch, finished: Path) -> list[str]:
+    """Phases leave what they left in ``finished``, each time a little different; returned is which of them ran."""
+    ran: list[str] = []
+    runs = itertools.count(1)
+
+    def replay(step: Step) -> Callable[[Place], tuple[str, ...]]:
+        def work(place: Place) -> tuple[str, ...]:
+            ran.append(step.phase)
+            number = next(runs)
+            for name in WRITES[step.phase]:
+                target = place.directory / name
+                if (finished / name).is_dir():
+                    shutil.rmtree(target, ignore_errors=True)
+                    shutil.copytree(finished / name, target)
+                    (target / "run").write_text(f"{number}")
+                else:
+                    target.write_bytes((finished / name).read_bytes() + b"\n" * number)
+            return WRITES[step.phase]
+
+        return work
+
+    work_replaced(monkeypatch, replay)
+    return ran
+
+
+def journal_phases(output: Path) -> list[str]:
+    return list(json.loads((output / JOURNAL_NAME).read_text())["phases"])

@@ -24,8 +24,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +38,7 @@ from ryzen_compile.backends.onnxruntime.operator_subjects import Subject, prepar
 from ryzen_compile.errors import UsageError
 from ryzen_compile.fields import Fields
 from ryzen_compile.validate.measured import Measured, Spread, speed_up
+from ryzen_compile.validate.torch_threads import torch_threads
 
 SAMPLE_SECONDS = 0.02  # that a sample takes, where one call does not take longer
 MOST_CALLS = 1000  # in a sample
@@ -96,7 +96,7 @@ def measure_operators(
     options = engine_options(found, threads=threads, native=native)
     used = options.threads or 1
     subjects, reasons = prepare(found, options, context=context, tokens=tokens)
-    with _torch_threads(used), torch.inference_mode():
+    with torch_threads(used), torch.inference_mode():
         samples = _sampled(subjects, rounds)
     rows = tuple(_row(kind, subject, *samples[kind]) for kind, subject in subjects.items())
     return OperatorSpeeds(
@@ -160,13 +160,3 @@ def _seconds(run: Callable[[], object], calls: int) -> float:
     for _ in range(calls):
         run()
     return time.perf_counter() - start
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

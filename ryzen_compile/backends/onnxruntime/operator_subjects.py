@@ -20,7 +20,7 @@ from ryzen_compile.backends.onnxruntime.attention import padded_head_dim
 from ryzen_compile.backends.onnxruntime.claim_report import ClaimReport
 from ryzen_compile.backends.onnxruntime.operator_graphs import LAST, TOTAL, OperatorGraph, operator_graph
 from ryzen_compile.backends.onnxruntime.operator_sites import KINDS, Attention, Kind, Norm, Product
-from ryzen_compile.backends.onnxruntime.session import LOAD_ERRORS, NATIVE_ERRORS, SessionOptions, _runtime_options
+from ryzen_compile.backends.onnxruntime.session import LOAD_ERRORS, NATIVE_ERRORS, SessionOptions, runtime_options
 from ryzen_compile.errors import ArtifactError, MemoryLimitError, RyzenCompileError, UnsupportedError, UsageError
 from ryzen_compile.numerics.rows import RowFormat
 from ryzen_compile.runtime.cache import KVCache
@@ -118,7 +118,7 @@ def _opened(graph: OperatorGraph, found: Artifact, options: SessionOptions) -> t
     why = native.unusable(options.isa) if options.native else "they are switched off"
     if options.native and (not why or options.require_native):
         try:
-            return native.open_claimed(found.model, _runtime_options(options), options.native, options.isa, graph.model)
+            return native.open_claimed(found.model, runtime_options(options), options.native, options.isa, graph.model)
         except RyzenCompileError:
             raise
         except NATIVE_ERRORS as error:
@@ -127,7 +127,7 @@ def _opened(graph: OperatorGraph, found: Artifact, options: SessionOptions) -> t
                 raise UnsupportedError(f"native operators cannot run the model's {graph.kind} nodes: {why}") from error
             warnings.warn(f"{graph.kind} nodes run on stock operators, native ones failed: {why}", stacklevel=4)
     try:
-        return native.open_model(graph.model, found.directory, _runtime_options(options)), ClaimReport(reason=why)
+        return native.open_model(graph.model, found.directory, runtime_options(options)), ClaimReport(reason=why)
     except LOAD_ERRORS as error:
         raise ArtifactError(
             f"ONNX Runtime cannot run the {graph.kind} nodes of {found.directory.name} alone: {error}",

@@ -144,6 +144,11 @@ class OrtEngine:
         return session.run(tokens, cache, last)
 
     @property
+    def weights_bytes(self) -> int:
+        """Of the files beside the model that hold its weights, as stored; a second form for prompts included."""
+        return sum(path.stat().st_size for path in self._path.parent.glob("*.onnx.data"))
+
+    @property
     def exits(self) -> tuple[int, ...]:
         """The numbers of layers after which the model can be left; none with the reason in ``exits_why``."""
         return self._exits.layers
@@ -350,7 +355,7 @@ def _open(
     why = native.unusable(options.isa) if options.native else "they are switched off"
     if options.native and (not why or options.require_native):
         try:
-            claimed = native.open_claimed(path, _runtime_options(options), options.native, options.isa, model)
+            claimed = native.open_claimed(path, runtime_options(options), options.native, options.isa, model)
             return *claimed, start
         except RyzenCompileError:  # some are RuntimeErrors too, and say it already
             raise
@@ -362,7 +367,7 @@ def _open(
                 ) from error
             warnings.warn(f"{path} runs on stock operators, native ones failed: {why}", stacklevel=4)
     try:
-        stock = native.open_model(model, path.parent, _runtime_options(options))
+        stock = native.open_model(model, path.parent, runtime_options(options))
     except LOAD_ERRORS as error:
         raise ArtifactError(
             f"ONNX Runtime cannot load {path}: {_first_line(error)}", hint="export the model again"
@@ -370,7 +375,7 @@ def _open(
     return stock, ClaimReport(reason=why), start
 
 
-def _runtime_options(options: SessionOptions) -> onnxruntime.SessionOptions:
+def runtime_options(options: SessionOptions) -> onnxruntime.SessionOptions:
     """ONNX Runtime's own options."""
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # errors: what we can act on is raised

@@ -44,7 +44,8 @@ def work(place: Place) -> tuple[str, ...]:
     settings = place.config.optimize
     recorder = ChangeRecorder()
     place.say("exporting")
-    export(
+    began = None if place.timeline is None else place.timeline.now()
+    report = export(
         source(place),
         place.artifact,
         recipe(place),
@@ -54,6 +55,9 @@ def work(place: Place) -> tuple[str, ...]:
         progress=_teller(place),
         observe=recorder,
     )
+    if place.timeline is not None:
+        spans = ((one.name, one.seconds, {"status": one.status, "places": len(one.hits)}) for one in report.records)
+        place.timeline.in_turn(spans, track="passes, end to end without what was between them", start=began)
     changes = [change.model_dump(mode="json") for change in recorder.changes]
     write_file(place.directory / CHANGES_NAME, json.dumps(changes) + "\n")
     if settings.tune_seconds:
