@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from ryzen_compile.api import load, read_source, rewrite
 from ryzen_compile.calibration import read_calibration
 from ryzen_compile.config import Recipe
-from ryzen_compile.errors import ArtifactError, RyzenCompileError
+from ryzen_compile.errors import ArtifactError, ParityError, PassError, UnsupportedError
 from ryzen_compile.validate.optimization.measurements import Measurements
 from ryzen_compile.validate.quality import EngineScorer, score
 from ryzen_compile.workflow.artifact_recipe import recipe_of
@@ -43,20 +44,28 @@ def blame(found: Measurements) -> str:
 
 
 def _pass(found: Measurements, recipe: Recipe) -> tuple[str, str]:
-    """The pass that leaves its bounds, and the lossy one that lost the most; empty where there is none."""
+    """The pass that leaves its bounds, and the lossy one that lost the most; empty where there is none.
+
+    One that the artifact's own export rolled back has left nothing in it, and is not suspected.
+    """
+    source = read_source(found.subject.path or found.subject.baseline)
+    calibration = read_calibration(source.tokenizer, recipe)
     try:
-        source = read_source(found.subject.path or found.subject.baseline)
-        calibration = read_calibration(source.tokenizer, recipe)
         _, report = rewrite(source.model, recipe, calibration=calibration, given=source.quantized, tables=source.tables)
-    except (
-        RyzenCompileError
-    ) as error:  # it names the pass: one that broke, or one beyond its budget without which nothing runs
+    except (ParityError, PassError, UnsupportedError) as error:  # of a pass without which nothing runs: it is named
         return error.message, ""
-    return _rolled_back(report), _loses_most(report)
+    return _rolled_back(report, _applied(found)), _loses_most(report)
 
 
-def _rolled_back(report: Report) -> str:
-    lost = [record for record in report.records if record.status == "rolled back"]
+def _applied(found: Measurements) -> set[str]:
+    """The passes that the artifact's own report says were applied."""
+    report = found.subject.model.report
+    records = report.get("records", ()) if isinstance(report, Mapping) else ()
+    return {record["name"] for record in records if record["status"] == "applied"}
+
+
+def _rolled_back(report: Report, applied: set[str]) -> str:
+    lost = [record for record in report.records if record.status == "rolled back" and record.name in applied]
     return f"pass {lost[0].name}: {lost[0].detail}" if lost else ""
 
 

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ryzen_compile.api import load, read_source
-from ryzen_compile.errors import RyzenCompileError, UnsupportedError, UsageError
+from ryzen_compile.errors import ResourceError, RyzenCompileError, UnsupportedError, UsageError
 from ryzen_compile.manifest import read_manifest
 from ryzen_compile.validate.footprint import Footprint
 from ryzen_compile.validate.inference import InferenceReport
 from ryzen_compile.validate.machine import read_machine
+from ryzen_compile.validate.optimization.checks import broken, skipped
 from ryzen_compile.validate.optimization.measurements import Measurements, Subject
 from ryzen_compile.validate.optimization.settings import ValidationSettings
 from ryzen_compile.validate.optimization.validator import OptimizationValidator
-from ryzen_compile.validate.outcome import Outcome
+from ryzen_compile.validate.outcome import Component, Outcome
 from ryzen_compile.workflow.artifact_recipe import recipe_of
 from ryzen_compile.workflow.blame import blame
 from ryzen_compile.workflow.metadata import metadata, summary
@@ -65,7 +66,8 @@ def validate_artifact(
     started = time.perf_counter()
     with ExitStack() as stack:
         say("opening the artifact and its baseline")
-        model = stack.enter_context(load(artifact))
+        threads = read_machine().usable_cores  # of both sides, and of all that is measured beside them
+        model = stack.enter_context(load(artifact, threads=threads))
         draft = None if settings.draft is None else stack.enter_context(load(Path(settings.draft)))
         subject = Subject(
             artifact,
@@ -82,20 +84,18 @@ def validate_artifact(
         found = validator.measurements
         whole, problems = _parts(found, say)
         points, more = _points(found, baseline, say)
-    outcomes += [*problems, *more]
-    return ValidationReport(
-        metadata=metadata(
-            model=baseline.name, artifact=artifact.name, command=command, threads=read_machine().usable_cores
-        ),
-        summary=summary(outcomes, time.perf_counter() - started),
-        outcomes=tuple(outcomes),
-        inference=_inference(found),
-        text=_or_none(lambda: _text(found)),
-        pareto=points,
-        step_cost=_step_cost(artifact),
-        acceptance=_or_none(lambda: dict(found.continued[1].stats.lengths)) or {},
-        end_to_end=whole,
-    )
+        outcomes += [*problems, *more]
+        return ValidationReport(
+            metadata=metadata(model=baseline.name, artifact=artifact.name, command=command, threads=threads),
+            summary=summary(outcomes, time.perf_counter() - started),
+            outcomes=tuple(outcomes),
+            inference=_inference(found),
+            text=_or_none(lambda: _text(found)),
+            pareto=points,
+            step_cost=_step_cost(artifact),
+            acceptance=_or_none(lambda: dict(found.continued[1].stats.lengths)) or {},
+            end_to_end=whole,
+        )
 
 
 def _parts(found: Measurements, say: Callable[[str], None]) -> tuple[EndToEnd | None, list[Outcome]]:
@@ -119,7 +119,7 @@ def _parts(found: Measurements, say: Callable[[str], None]) -> tuple[EndToEnd | 
             [],
         )
     except RyzenCompileError as error:
-        return None, [Outcome(component="end_to_end", check="parts", status="SKIPPED", reason=str(error))]
+        return None, [_missing("end_to_end", "parts", error)]
 
 
 def _points(
@@ -142,8 +142,15 @@ def _points(
             say=say,
         )
     except RyzenCompileError as error:
-        return (), (Outcome(component="passes", check="recipes", status="SKIPPED", reason=str(error)),)
+        return (), [_missing("passes", "recipes", error)]
     return points, ()
+
+
+def _missing(component: Component, name: str, error: RyzenCompileError) -> Outcome:
+    """As for a check: what cannot be had here is left out, what went wrong has failed."""
+    if isinstance(error, UnsupportedError | ResourceError):
+        return skipped(component, name, str(error))
+    return broken(component, name, error)
 
 
 def _step_cost(artifact: Path) -> dict[int, dict[int, float]]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
-from ryzen_compile.errors import UnsupportedError
+from ryzen_compile.errors import RyzenCompileError, UnsupportedError, UsageError
 from ryzen_compile.runtime.compiled import CompiledModel
 from ryzen_compile.runtime.speculative.settings import Speculation
 from ryzen_compile.text import BUILTIN, BUILTIN_CHARACTERS, digest, read_text, token_windows
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 CHARACTERS_PER_TOKEN = 64  # of the text at most so many are read for each token
 SPECULATION_PROMPTS = 4
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,53 @@ class ReadText:
     prompts: np.ndarray  # (N, P) int64
 
 
-class Measurements:
-    """Of one subject. What cannot be measured raises ``UnsupportedError`` with the reason, each time it is asked for.
+class _once(Generic[Value]):  # noqa: N801 - it decorates methods as functools.cached_property does
+    """A property that is computed when it is first asked for; an error of this package's is kept as well."""
 
-    ``progress`` hears what is being measured.
+    def __init__(self, measure: Callable[[Any], Value]) -> None:
+        self._measure = measure
+        self.__doc__ = measure.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Value:
+        if instance is None:
+            return self  # type: ignore[return-value] - asked of the class
+        kept = instance.__dict__.setdefault("_kept", {})
+        if self._name not in kept:
+            try:
+                kept[self._name] = self._measure(instance)
+            except RyzenCompileError as error:
+                kept[self._name] = error
+        found = kept[self._name]
+        if isinstance(found, RyzenCompileError):
+            raise found
+        return found  # type: ignore[no-any-return]
+
+
+class Measurements:
+    """Of one subject. What cannot be measured raises its error each time that it is asked for, and is not tried again.
+
+    ``progress`` hears what is being measured. Raises ``UsageError`` for new tokens that the context has no room for.
     """
 
     def __init__(self, subject: Subject, progress: Callable[[str], None] | None = None) -> None:
+        context, new_tokens = subject.model.spec.context, subject.settings.new_tokens
+        if context < new_tokens + 2:
+            raise UsageError(
+                f"{new_tokens} new tokens and a prompt do not fit the model's context of {context}",
+                hint=f"set new_tokens to at most {context - 2}",
+            )
         self.subject = subject
         self._progress = progress
 
-    @cached_property
+    @_once
     def threads(self) -> int:
         """That both engines compute with."""
         return read_machine().usable_cores
 
-    @cached_property
+    @_once
     def text(self) -> ReadText:
         """The validation text."""
         settings = self.subject.settings
@@ -96,7 +127,7 @@ class Measurements:
             spread_prompts(content, encode, count=settings.prompts, length=self._prompt_tokens),
         )
 
-    @cached_property
+    @_once
     def inference(self) -> InferenceReport:
         """Whole requests on both."""
         from ryzen_compile.validate.huggingface import HuggingFaceEager
@@ -113,7 +144,7 @@ class Measurements:
                 rounds=settings.rounds,
             ).measure()
 
-    @cached_property
+    @_once
     def footprints(self) -> tuple[Footprint, Footprint]:
         """Memory of the baseline and of the artifact, each in a process of its own."""
         subject, settings = self.subject, self.subject.settings
@@ -135,7 +166,7 @@ class Measurements:
             raise UnsupportedError(f"the artifact in a process of its own: {optimized.reason}")
         return baseline, optimized
 
-    @cached_property
+    @_once
     def quality(self) -> Quality:
         """The artifact against the baseline on the text."""
         windows, spec = self.text.windows, self.subject.model.spec
@@ -146,7 +177,7 @@ class Measurements:
                 EngineScorer(self.subject.model.engine), ModelScorer(self.subject.baseline), windows, batch=batch
             )
 
-    @cached_property
+    @_once
     def operators(self) -> OperatorSpeeds:
         """The artifact's operators against PyTorch's, in a decode step."""
         from ryzen_compile.backends.onnxruntime.operator_speed import measure_operators
@@ -154,10 +185,13 @@ class Measurements:
         settings, context = self.subject.settings, self.subject.model.spec.context
         self.say("operators on their own")
         return measure_operators(
-            self.subject.artifact, context=min(settings.context, context - 1), rounds=settings.rounds
+            self.subject.artifact,
+            context=min(settings.context, context - 1),
+            rounds=settings.rounds,
+            threads=self.threads,
         )
 
-    @cached_property
+    @_once
     def continued(self) -> tuple[Continued, Continued]:
         """Text continued plainly, and with drafts."""
         subject, settings = self.subject, self.subject.settings

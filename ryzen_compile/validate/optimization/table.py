@@ -17,7 +17,7 @@ WORST = Target(value=0.75, at_least=False)
 NAMED = 5
 
 
-def check_table(found: Measurements) -> Outcome:
+def table_rows(found: Measurements) -> Outcome:
     """The largest relative error of a row. Names the tokens whose rows are off by more than ``WORST`` allows.
 
     Raises ``UnsupportedError`` for a model without a table of its own and a graph that looks nothing up.
