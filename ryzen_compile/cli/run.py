@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,10 +11,12 @@ import typer
 
 from ryzen_compile.cli import output
 from ryzen_compile.cli.failure import printable
-from ryzen_compile.errors import UsageError
+from ryzen_compile.cli.trace import TraceFlag
+from ryzen_compile.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
-    from ryzen_compile.workflow.report_schema import FinalReport, PhaseRecord
+    from ryzen_compile.workflow.report_schema import PhaseRecord
+    from ryzen_compile.workflow.run import Finished
 
 
 def run(
@@ -23,7 +26,7 @@ def run(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace one setting; may be repeated.")
     ] = None,
-    trace: Annotated[Path | None, typer.Option("--trace", help="Write a timeline for ui.perfetto.dev.")] = None,
+    trace: TraceFlag = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of configurations, and stop.")
     ] = False,
@@ -34,8 +37,8 @@ def run(
     from ryzen_compile.cli.trace import check_trace, write_trace
     from ryzen_compile.cli.train import watching
     from ryzen_compile.timeline import Timeline
+    from ryzen_compile.validate.outcome import failed
     from ryzen_compile.workflow.config import json_schema, read_workflow
-    from ryzen_compile.workflow.phases.report import HTML_NAME
     from ryzen_compile.workflow.report_schema import PHASES
     from ryzen_compile.workflow.run import run_workflow
 
@@ -61,39 +64,46 @@ def run(
             console.print(f"[bold]{record.phase:<10}[/]{record.status} in {record.seconds:.1f} s{why}", highlight=False)
 
     timeline = None if trace is None else Timeline()
-    with watching() as watcher:
-        finished = run_workflow(
-            settings,
-            command=_command(config, changes or ()),
-            only=only,  # type: ignore[arg-type]
-            start=start,  # type: ignore[arg-type]
-            say=say,
-            phase=phase,
-            watcher=None if silent else watcher,
-            timeline=timeline,
-        )
-    if timeline is not None and trace is not None:
-        write_trace(timeline, trace)
-    if finished.report is None:
-        if as_json:
-            output.print_json({"phases": [record.model_dump(mode="json") for record in finished.records]})
-        return
-    if as_json:
-        typer.echo(finished.report.model_dump_json(indent=2))  # which writes no NaN
-    else:
-        for line in verdict_lines(finished.report):
-            typer.echo(printable(line))
-        typer.echo(f"report: {printable(str(finished.directory / HTML_NAME))}")
-    if finished.report.summary.verdict == "FAIL":
-        raise typer.Exit(7)
+    shown = not silent and settings.train is not None
+    try:
+        with watching() if shown else nullcontext() as watcher:
+            finished = run_workflow(
+                settings,
+                command=_command(config, changes or ()),
+                only=only,  # type: ignore[arg-type]
+                start=start,  # type: ignore[arg-type]
+                say=say,
+                phase=phase,
+                watcher=watcher,
+                timeline=timeline,
+            )
+    finally:  # of a run that was interrupted, too
+        if timeline is not None and trace is not None:
+            write_trace(timeline, trace)
+    _show(finished, as_json)
+    if failed(finished.outcomes):
+        raise typer.Exit(ParityError.exit_code)
 
 
-def verdict_lines(report: FinalReport) -> list[str]:
-    """Every check in a line, then the verdict."""
+def _show(finished: Finished, as_json: bool) -> None:
+    """The final report, or what a phase alone found."""
     from ryzen_compile.cli.validate import check_lines
+    from ryzen_compile.workflow.metadata import worst
+    from ryzen_compile.workflow.phases.report import HTML_NAME
 
-    lines = check_lines([check for component in report.components for check in component.checks])
-    return [*lines, f"verdict: {report.summary.verdict}"]
+    report = finished.report
+    if as_json and report is not None:
+        typer.echo(report.model_dump_json(indent=2))  # which writes no NaN
+    elif as_json:
+        phases = [record.model_dump(mode="json") for record in finished.records]
+        checks = [outcome.model_dump(mode="json") for outcome in finished.outcomes]
+        output.print_json({"phases": phases, "outcomes": checks})
+    elif finished.outcomes:
+        for line in check_lines(finished.outcomes):
+            typer.echo(printable(line))
+        typer.echo(f"verdict: {worst([outcome.status for outcome in finished.outcomes])}")
+    if report is not None and not as_json:
+        typer.echo(f"report: {printable(str(finished.directory / HTML_NAME))}")
 
 
 def _command(config: Path, changes: list[str] | tuple[()]) -> str:

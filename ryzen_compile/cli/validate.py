@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,12 +18,9 @@ if TYPE_CHECKING:
 
 def validate(
     artifact: Annotated[Path, typer.Argument(help="Artifact directory.")],
-    baseline: Annotated[
-        str | None,
-        typer.Option(help="What it was made from: directory or hub id; default: as its manifest says."),
-    ] = None,
-    thresholds: Annotated[
-        Path | None, typer.Option(help="Settings and thresholds as YAML, as `validation` of a workflow.")
+    baseline: Annotated[str, typer.Option(help="What it was made from: model directory or hub id.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Settings and thresholds as YAML, as `validation` of a workflow.")
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace one setting; may be repeated.")
@@ -33,6 +30,7 @@ def validate(
     as_json: output.JsonFlag = False,
 ) -> None:
     """Hold an artifact to the model it was made from: speed, size, cache, drafts, accuracy; exits with 7 on a miss."""
+    from ryzen_compile.errors import ParityError
     from ryzen_compile.settings import changed_settings, read_settings
     from ryzen_compile.source import resolve
     from ryzen_compile.validate.optimization.settings import ValidationSettings
@@ -41,11 +39,10 @@ def validate(
 
     _check_report(report)
     asked = changes or []
-    if thresholds is None:
-        settings = changed_settings(ValidationSettings, {"parts": False}, asked)
+    if config is None:
+        settings = changed_settings(ValidationSettings, {}, asked)
     else:
-        settings = read_settings(ValidationSettings, thresholds, asked)
-    name = baseline or _made_from(artifact)
+        settings = read_settings(ValidationSettings, config, asked)
     console = output.stderr()
 
     def say(text: str) -> None:
@@ -54,9 +51,9 @@ def validate(
 
     found = validate_artifact(
         artifact,
-        Baseline(name, resolve(name)),
+        Baseline(baseline, resolve(baseline)),
         settings,
-        command=_command(artifact, baseline, thresholds, asked),
+        command=_command(artifact, baseline, config, asked),
         say=say,
     )
     if report is not None:
@@ -68,7 +65,7 @@ def validate(
             typer.echo(printable(line))
         typer.echo(f"verdict: {found.summary.verdict}")
     if found.summary.verdict == "FAIL":
-        raise typer.Exit(7)
+        raise typer.Exit(ParityError.exit_code)
 
 
 def check_lines(outcomes: Sequence[Outcome]) -> list[str]:
@@ -96,22 +93,7 @@ def _check_report(path: Path | None) -> None:
         )
 
 
-def _made_from(artifact: Path) -> str:
-    """What the manifest says the artifact was made from, where that is still to be found."""
-    from ryzen_compile.errors import UsageError
-    from ryzen_compile.manifest import read_manifest
-
-    source: Any = read_manifest(artifact).get("source")
-    name = source.get("name") if isinstance(source, dict) else None
-    if isinstance(name, str) and Path(name).is_dir():
-        return name
-    raise UsageError(
-        f"{artifact} was made from {name!r}, which is not here", hint="give --baseline MODEL: a directory or hub id"
-    )
-
-
-def _command(artifact: Path, baseline: str | None, thresholds: Path | None, changes: Sequence[str]) -> str:
-    parts = ["ryzen-compile", "validate", str(artifact)]
-    parts += [] if baseline is None else ["--baseline", baseline]
-    parts += [] if thresholds is None else ["--thresholds", str(thresholds)]
+def _command(artifact: Path, baseline: str, config: Path | None, changes: Sequence[str]) -> str:
+    parts = ["ryzen-compile", "validate", str(artifact), "--baseline", baseline]
+    parts += [] if config is None else ["--config", str(config)]
     return shlex.join([*parts, *(part for one in changes for part in ("--set", one))])

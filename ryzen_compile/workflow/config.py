@@ -62,9 +62,11 @@ class OptimizePhase(Section):
 
 
 class SuitePhase(Section):
-    """Tests to run: ``paths`` of files or directories, more ``arguments`` of pytest, ``timeout`` in seconds."""
+    """Tests to run: ``paths`` of files or directories, more ``arguments`` of pytest, ``timeout`` in seconds. They run
+    again when what lies at their paths or at ``inputs``, which they read, has changed."""
 
     paths: tuple[str, ...] = ("tests/integration",)
+    inputs: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     timeout: float = Field(default=1200.0, gt=0)
 

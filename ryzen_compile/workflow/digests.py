@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ryzen_compile.errors import ResourceError
 from ryzen_compile.manifest import shown_path
 
 CHUNK = 1 << 20
+SOURCES = (".py", ".j2", ".cpp", ".h", ".inl")
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -39,8 +41,10 @@ def digest_path(path: Path) -> str | None:
 def digest_package() -> str:
     """Of this package's own sources: what another version measured is measured again."""
     summed = hashlib.sha256()
-    for file in sorted(file for file in PACKAGE.rglob("*") if file.suffix in (".py", ".j2")):
-        summed.update(f"{file.relative_to(PACKAGE).as_posix()}\n".encode() + file.read_bytes())
+    kernels = find_spec("ryzen_compile.kernels")  # in a checkout it lies beside the package
+    for root in (PACKAGE, *map(Path, () if kernels is None else kernels.submodule_search_locations or ())):
+        for file in sorted(file for file in root.rglob("*") if file.suffix in SOURCES):
+            summed.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
     return summed.hexdigest()
 
 

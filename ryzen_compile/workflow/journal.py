@@ -68,7 +68,12 @@ class Journal:
 
     def finish(self, phase: Phase, inputs: str, outputs: tuple[str, ...], seconds: float, skipped: str = "") -> Entry:
         """Writes down that the phase is done. Raises ``ResourceError`` when that cannot be written."""
-        digests = {name: digest for name in outputs if (digest := digest_path(self.directory / name)) is not None}
+        digests = {}
+        for name in outputs:
+            digest = digest_path(self.directory / name)
+            if digest is None:
+                raise ResourceError(f"{shown_path(self.directory / name)} is gone", hint=f"run {phase} again")
+            digests[name] = digest
         entry = Entry(inputs=inputs, outputs=digests, seconds=seconds, skipped=skipped)
         self._phases[phase] = entry
         self._write()

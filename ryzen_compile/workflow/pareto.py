@@ -13,8 +13,9 @@ import numpy as np
 from ryzen_compile.api import export, load
 from ryzen_compile.config import Recipe, find_recipe
 from ryzen_compile.validate.latency import Timing, Workload, measure
+from ryzen_compile.validate.machine import read_machine
 from ryzen_compile.validate.measured import median_of
-from ryzen_compile.validate.quality import EngineScorer, ModelScorer, Quality, interval, score
+from ryzen_compile.validate.quality import EngineScorer, ModelScorer, Quality, fitting_batch, interval, score
 from ryzen_compile.validate.torch_threads import torch_threads
 from ryzen_compile.workflow.report_schema import Point
 
@@ -33,9 +34,12 @@ def measure_recipes(
     windows: np.ndarray,
     *,
     threads: int,
+    calibration: str,
+    scratch: Path | None,
     say: Callable[[str], None],
 ) -> tuple[Point, ...]:
-    """The artifact of the ``chosen`` recipe, and one of each other name, with the same cache.
+    """The artifact of the ``chosen`` recipe, and one of each other name, with the same cache and ``calibration`` text,
+    made below ``scratch`` (None: the system's place for temporary files).
 
     ``source`` is what is exported, ``model`` the transformers model that all are held to on ``windows`` ``(n, L)``.
     Decoding is timed in turns. Raises what exporting raises.
@@ -44,18 +48,21 @@ def measure_recipes(
     for name in names:
         recipes.setdefault(name, find_recipe(name, context=chosen.context, kv=chosen.kv))
     qualities: dict[str, Quality] = {}
+    vocab = model.config.get_text_config().vocab_size
+    batch = fitting_batch(8, windows.shape[1], vocab, read_machine().usable_memory // 4)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".recipes-", dir=scratch)))
         opened: dict[str, CompiledModel] = {}
         for name, recipe in recipes.items():
             path = artifact
             if recipe is not None:
                 say(f"recipe {name}")
                 path = folder / name
-                export(source, path, recipe)
+                export(source, path, recipe, calibration=calibration)
             opened[name] = stack.enter_context(load(path, threads=threads, digests=False))
             with torch_threads(threads):
-                qualities[name] = score(EngineScorer(opened[name].engine), ModelScorer(model), windows)
+                scorer = EngineScorer(opened[name].engine)
+                qualities[name] = score(scorer, ModelScorer(model), windows, batch=batch)
         say("decoding with each recipe, in turns")
         shortest = min(one.spec.context for one in opened.values())
         steps = min(STEPS, shortest)

@@ -35,13 +35,15 @@ def measure_parts(
     *,
     new_tokens: int,
     threads: int,
+    scratch: Path | None,
     say: Callable[[str], None],
 ) -> EndToEnd:
     """``whole`` taken apart: the float32 artifact on stock operators against ``model``, then that artifact with the
     recipe's weights, with its cache, and with native operators, each against it.
 
-    ``model`` is a transformers model, ``prompts`` ``(N, P)`` int64 are those of ``whole``. Artifacts are made in a
-    temporary directory, without the gate: they are timed, not kept. Raises what exporting and loading raise.
+    ``model`` is a transformers model, ``prompts`` ``(N, P)`` int64 are those of ``whole``. Artifacts are made below
+    ``scratch`` for the while (None: the system's place for temporary files), without the gate: they are timed, not
+    kept. Raises what exporting and loading raise.
     """
     from ryzen_compile.validate.huggingface import HuggingFaceEager
 
@@ -53,7 +55,7 @@ def measure_parts(
         with torch_threads(threads):
             reports[name] = InferenceValidator(baseline, other, prompts, new_tokens=new_tokens, rounds=ROUNDS).measure()
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=".parts-", dir=scratch) as folder:
         base = _exported(model, plain, Path(folder) / "plain")
         with _opened(base, threads, native=False) as stock:
             compare(PASSES, HuggingFaceEager(model), stock)
@@ -85,7 +87,8 @@ def _changes(plain: Recipe, recipe: Recipe) -> Mapping[str, Recipe]:
     elif recipe.kv != KVCacheConfig():
         changes["bounded cache"] = plain.model_copy(update={"kv": recipe.kv})
     if recipe.embedding is not None:
-        changes["table as codes"] = plain.model_copy(update={"embedding": recipe.embedding})
+        table = recipe.embedding.model_copy(update={"method": "kmeans", "weighting": "frequency"})
+        changes["table as codes"] = plain.model_copy(update={"embedding": table})
     return changes
 
 

@@ -53,9 +53,11 @@ class Place:
 @dataclass(frozen=True)
 class Step:
     """A phase: ``inputs`` is all that its result follows from, JSON; ``work`` does it and names what it wrote, relative
-    to the output; ``idle`` says why there is nothing to do, empty where there is."""
+    to the output; ``idle`` says why there is nothing to do, empty where there is; ``clear`` removes what it would
+    go on from, where it was finished and is asked for again."""
 
     phase: Phase
     inputs: Callable[[Place], Mapping[str, Any]]
     work: Callable[[Place], tuple[str, ...]]
     idle: Callable[[Place], str] = lambda _: ""
+    clear: Callable[[Place], None] = lambda _: None

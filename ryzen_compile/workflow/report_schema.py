@@ -129,7 +129,7 @@ class PhaseRecord(Fields):
     """``reused`` where an earlier run had finished it, and its inputs have not changed."""
 
     phase: Phase
-    status: Literal["done", "reused", "skipped", "failed"]
+    status: Literal["done", "reused", "skipped"]
     seconds: float = Field(ge=0, description="of the run that finished it")
     reason: str = ""
 

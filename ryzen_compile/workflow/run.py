@@ -12,12 +12,23 @@ from typing import TYPE_CHECKING
 from ryzen_compile.errors import ArtifactError, UsageError
 from ryzen_compile.manifest import shown, shown_path
 from ryzen_compile.publish import locked
+from ryzen_compile.validate.outcome import Outcome
 from ryzen_compile.workflow.config import WorkflowConfig
 from ryzen_compile.workflow.digests import digest_of, digest_package
 from ryzen_compile.workflow.journal import JOURNAL_NAME, Entry, Journal, make_directory
 from ryzen_compile.workflow.phase import Place, Step
 from ryzen_compile.workflow.phases import optimize, report, setup, suite, training, validation
-from ryzen_compile.workflow.report_schema import FINAL_NAME, PHASES, FinalReport, Phase, PhaseRecord
+from ryzen_compile.workflow.report_schema import (
+    FINAL_NAME,
+    PHASES,
+    TESTS_NAME,
+    VALIDATION_NAME,
+    FinalReport,
+    Phase,
+    PhaseRecord,
+    TestReport,
+    ValidationReport,
+)
 
 if TYPE_CHECKING:
     from ryzen_compile.timeline import Timeline
@@ -25,7 +36,7 @@ if TYPE_CHECKING:
 
 STEPS = (
     Step("setup", setup.inputs, setup.work),
-    Step("train", training.inputs, training.work, training.idle),
+    Step("train", training.inputs, training.work, training.idle, training.clear),
     Step("optimize", optimize.inputs, optimize.work),
     Step("validate", validation.inputs, validation.work),
     Step("test", suite.inputs, suite.work, suite.idle),
@@ -35,11 +46,13 @@ STEPS = (
 
 @dataclass(frozen=True)
 class Finished:
-    """``records`` of the phases; ``report`` is the final one, none where that phase was not to run."""
+    """``records`` of the phases; ``report`` is the final one, none where that phase was not to run. ``outcomes`` are
+    the checks of what ran: all of the report's, or those of the only phase."""
 
     directory: Path
     records: tuple[PhaseRecord, ...]
     report: FinalReport | None
+    outcomes: tuple[Outcome, ...] = ()
 
 
 def run_workflow(
@@ -64,7 +77,7 @@ def run_workflow(
     """
     if only is not None and start is not None:
         raise UsageError("only one phase and all from one on exclude each other", hint="give --only or --from")
-    directory = Path(config.output)
+    directory = Path(config.output).expanduser()
     _refuse_file(directory)
     make_directory(directory.parent)
     with locked(directory):
@@ -80,16 +93,18 @@ def run_workflow(
                 continue
             again = start is not None and PHASES.index(step.phase) >= PHASES.index(start)
             _record(place, phase, _run(step, journal, place, again or only == step.phase))
-    return Finished(directory, tuple(place.records), _final(directory) if only in (None, "report") else None)
+        final = _final(directory) if only in (None, "report") else None
+        return Finished(directory, tuple(place.records), final, _outcomes(place, only, final))
 
 
 def _run(step: Step, journal: Journal, place: Place, again: bool) -> PhaseRecord:
     """Does the phase, unless that was done."""
-    facts = {"package": digest_package(), "phase": step.phase, **step.inputs(place)}
-    inputs = digest_of(facts)
+    inputs = _inputs(step, place)
     entry = None if again else journal.finished(step.phase, inputs)
     if entry is not None:
         return _reused(step, entry)
+    if again and journal.finished(step.phase) is not None:
+        step.clear(place)
     journal.forget(step.phase)
     started = time.perf_counter()
     why = step.idle(place)
@@ -103,14 +118,20 @@ def _run(step: Step, journal: Journal, place: Place, again: bool) -> PhaseRecord
     return PhaseRecord(phase=step.phase, status="skipped" if why else "done", seconds=seconds, reason=why)
 
 
+def _inputs(step: Step, place: Place) -> str:
+    """A digest of all that the phase's result follows from."""
+    return digest_of({"package": digest_package(), "phase": step.phase, **step.inputs(place)})
+
+
 def _finished(step: Step, journal: Journal, place: Place) -> PhaseRecord:
-    """A phase before the only one that is to run. Raises ``UsageError`` where it was not finished."""
+    """A phase before the only one that is to run. Raises ``UsageError`` where it was not finished of these inputs."""
     if why := step.idle(place):
         return PhaseRecord(phase=step.phase, status="skipped", seconds=0, reason=why)
-    entry = journal.finished(step.phase)
+    entry = journal.finished(step.phase, _inputs(step, place))
     if entry is None:
         raise UsageError(
-            f"phase {step.phase} was not finished, or what it left has changed", hint="run without --only first"
+            f"phase {step.phase} was not finished, or its settings, inputs or what it left have changed",
+            hint="run without --only first",
         )
     return _reused(step, entry)
 
@@ -143,6 +164,17 @@ def _refuse_foreign(directory: Path) -> None:
         raise ArtifactError(
             f"output {shown_path(directory)} holds {shown(min(names))} and no workflow", hint="choose another output"
         )
+
+
+def _outcomes(place: Place, only: Phase | None, final: FinalReport | None) -> tuple[Outcome, ...]:
+    if final is not None:
+        return tuple(check for component in final.components for check in component.checks)
+    if only == "validate":
+        return ValidationReport.model_validate_json((place.directory / VALIDATION_NAME).read_bytes()).outcomes
+    if only == "test" and place.config.tests is not None:
+        suite_report = TestReport.model_validate_json((place.directory / TESTS_NAME).read_bytes())
+        return (report.tests_outcome(place.config, suite_report),)
+    return ()
 
 
 def _final(directory: Path) -> FinalReport:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ryzen_compile.api import load, read_source
-from ryzen_compile.errors import ResourceError, RyzenCompileError, UnsupportedError, UsageError
+from ryzen_compile.errors import ConfigError, ResourceError, RyzenCompileError, UnsupportedError, UsageError
 from ryzen_compile.manifest import read_manifest
+from ryzen_compile.text import BUILTIN
 from ryzen_compile.validate.footprint import Footprint
 from ryzen_compile.validate.inference import InferenceReport
 from ryzen_compile.validate.machine import read_machine
@@ -56,9 +57,13 @@ def validate_artifact(
     settings: ValidationSettings,
     *,
     command: str,
+    calibration: str = BUILTIN,
+    scratch: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> ValidationReport:
-    """Everything that ``settings`` ask for, measured now; see ``ValidationReport``.
+    """Everything that ``settings`` ask for, measured now; see ``ValidationReport``. Recipes to compare with are
+    calibrated on ``calibration``, as the artifact was; what is exported for that goes below ``scratch`` for the while
+    (None: the system's place for temporary files).
 
     Raises what opening the artifact and its baseline raises: an artifact that cannot be opened has nothing to check.
     What fails while something is measured is an outcome.
@@ -82,8 +87,8 @@ def validate_artifact(
         validator = OptimizationValidator(subject, blame=blame, progress=say)
         outcomes = list(validator.validate())
         found = validator.measurements
-        whole, problems = _parts(found, say)
-        points, more = _points(found, baseline, say)
+        whole, problems = _parts(found, scratch, say)
+        points, more = _points(found, baseline, calibration, scratch, say)
         outcomes += [*problems, *more]
         return ValidationReport(
             metadata=metadata(model=baseline.name, artifact=artifact.name, command=command, threads=threads),
@@ -98,7 +103,9 @@ def validate_artifact(
         )
 
 
-def _parts(found: Measurements, say: Callable[[str], None]) -> tuple[EndToEnd | None, list[Outcome]]:
+def _parts(
+    found: Measurements, scratch: Path | None, say: Callable[[str], None]
+) -> tuple[EndToEnd | None, list[Outcome]]:
     """The whole and its parts; an outcome says where they could not be had."""
     from ryzen_compile.workflow.parts import measure_parts
 
@@ -114,6 +121,7 @@ def _parts(found: Measurements, say: Callable[[str], None]) -> tuple[EndToEnd | 
                 found.prompts,
                 new_tokens=subject.settings.new_tokens,
                 threads=found.threads,
+                scratch=scratch,
                 say=say,
             ),
             [],
@@ -123,7 +131,7 @@ def _parts(found: Measurements, say: Callable[[str], None]) -> tuple[EndToEnd | 
 
 
 def _points(
-    found: Measurements, baseline: Baseline, say: Callable[[str], None]
+    found: Measurements, baseline: Baseline, calibration: str, scratch: Path | None, say: Callable[[str], None]
 ) -> tuple[tuple[Point, ...], Sequence[Outcome]]:
     from ryzen_compile.workflow.pareto import measure_recipes
 
@@ -139,6 +147,8 @@ def _points(
             subject.artifact,
             found.text.windows,
             threads=found.threads,
+            calibration=calibration,
+            scratch=scratch,
             say=say,
         )
     except RyzenCompileError as error:
@@ -148,7 +158,7 @@ def _points(
 
 def _missing(component: Component, name: str, error: RyzenCompileError) -> Outcome:
     """As for a check: what cannot be had here is left out, what went wrong has failed."""
-    if isinstance(error, UnsupportedError | ResourceError):
+    if isinstance(error, UnsupportedError | ResourceError | ConfigError):
         return skipped(component, name, str(error))
     return broken(component, name, error)
 

@@ -159,7 +159,7 @@ def named(name: str) -> tuple[FinalReport, dict[str, object]]:
         passes={"records": [record(name, promise=name, status=name, detail=name, hits=[site], misses=[site])]},
         changes=(changed,),
         training={name: name},
-        phases=(PhaseRecord(phase="train", status="failed", seconds=1, reason=name),),
+        phases=(PhaseRecord(phase="train", status="skipped", seconds=1, reason=name),),
     )
     whole = final.end_to_end
     assert whole is not None

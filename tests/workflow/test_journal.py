@@ -88,9 +88,10 @@ def test_outputs_that_changed_make_a_phase_unfinished(tmp_path: Path, damage: An
         assert one.finished("test") is not None
 
 
-def test_an_output_that_was_never_written_is_not_expected(tmp_path: Path) -> None:
-    entry = Journal(tmp_path).finish("setup", "inputs", ("setup.json",), 0.1)
-    assert entry.outputs == {} and Journal(tmp_path).finished("setup", "inputs") == entry
+def test_a_phase_whose_output_is_not_there_is_not_finished(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"setup\.json' is gone; run setup again"):
+        Journal(tmp_path).finish("setup", "inputs", ("setup.json",), 0.1)
+    assert Journal(tmp_path).finished("setup") is None
 
 
 def test_a_phase_that_is_finished_again_replaces_its_entry(tmp_path: Path) -> None:

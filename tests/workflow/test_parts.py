@@ -79,9 +79,13 @@ def measured(
 ) -> tuple[InferenceReport, EndToEnd]:
     export(model, artifact, recipe, verify=False)
     whole = whole_of(model, artifact, prompts)
+    scratch = artifact.parent / "scratch"
+    scratch.mkdir()
     found = measure_parts(
-        whole, model, recipe, prompts, new_tokens=NEW, threads=1, say=watched.said.append
-    )  # fmt: skip
+        whole, model, recipe, prompts, new_tokens=NEW, threads=1, scratch=scratch, say=watched.said.append
+    )
+    assert watched.places and all(place.is_relative_to(scratch) for place in watched.places)
+    assert list(scratch.iterdir()) == []  # they were made to be timed
     return whole, found
 
 
@@ -126,7 +130,6 @@ def test_each_part_alone_against_the_plain_artifact(
     assert sizes[1] < sizes[0] / 3
     assert sizes[0] < sizes[2] < 1.01 * sizes[0]  # the cache's scales are stored with the weights
     assert caches[2] < caches[0] / 3 and caches[1] == caches[0]
-    assert not any(place.exists() for place in watched.places)  # they were made to be timed
 
 
 def test_a_recipe_that_changes_nothing_else(

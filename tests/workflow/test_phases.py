@@ -15,7 +15,7 @@ from ryzen_compile.api import load
 from ryzen_compile.errors import ArtifactError, ConfigError, ModelError, ResourceError, UsageError
 from ryzen_compile.workflow import report_schema
 from ryzen_compile.workflow.phase import ARTIFACT_NAME
-from ryzen_compile.workflow.phases import setup
+from ryzen_compile.workflow.phases import setup, validation
 from ryzen_compile.workflow.phases.report import MARKDOWN_NAME
 from ryzen_compile.workflow.report_schema import (
     PHASES,
@@ -65,6 +65,31 @@ def test_a_machine_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ResourceError, match="no AVX2; use another machine"):
         run_workflow(config(tmp_path / "out"), command=COMMAND)
     assert journal_phases(tmp_path / "out") == []
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+def test_what_is_made_to_be_measured_goes_with_its_run(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted, or killed: then the next run removes it."""
+    output = copied(finished, tmp_path / "out")
+    left = output / validation.SCRATCH_NAME / "recipes"
+    left.mkdir(parents=True)
+    (left / "model.onnx.data").write_bytes(bytes(1000))
+    seen: list[Path] = []
+
+    def stop(*_: object, scratch: Path, **__: object) -> None:
+        seen.append(scratch)
+        assert scratch.is_dir() and list(scratch.iterdir()) == []
+        (scratch / "half of an artifact").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(validation, "validate_artifact", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_workflow(config(output), command=COMMAND, start="validate")
+    assert len(seen) == 1 and seen[0].is_relative_to(output)
+    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # --- a workflow with training -----------------------------------------------------------------------------------------
@@ -188,7 +213,8 @@ def test_a_failing_test_fails_the_workflow_by_name(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then it is mended: only the tests run again. What was compiled of them meanwhile is no change of theirs."""
-    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    for name in ("PYTEST_ADDOPTS", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"):
+        monkeypatch.delenv(name, raising=False)
     output = copied(finished, tmp_path / "out")
     suite = tmp_path / "suite"
     suite.mkdir()
@@ -212,6 +238,7 @@ def test_a_failing_test_fails_the_workflow_by_name(
         "test_does_not_add_up": "failed",
     }
 
+    assert list(suite.glob("__pycache__/*.pyc"))
     reused = with_tests | {"validate": "reused"}
     assert statuses(run_workflow(asked, command=COMMAND)) == reused | {"test": "reused", "report": "reused"}
     file.write_text(SUITE.format(sum=2))
@@ -229,7 +256,10 @@ def test_tests_that_are_not_there_fail_the_workflow(finished: Path, tmp_path: Pa
     """Asked for and not run is not passed."""
     output = copied(finished, tmp_path / "out")
     asked = config(output, tests={"paths": [str(tmp_path / "absent")]}, thresholds={"test_pass_rate": 0.95})
-    run_workflow(asked, command=COMMAND, only="test")
+    alone = run_workflow(asked, command=COMMAND)
+    assert alone.report is not None and alone.report.summary.verdict == "FAIL"
+    found = run_workflow(asked, command=COMMAND, only="test")
+    assert [(one.check, one.status) for one in found.outcomes] == [("test_pass_rate", "FAIL")]
     found = run_workflow(asked, command=COMMAND, only="report")
     assert found.report is not None and found.report.summary.verdict == "FAIL"
     check = found.report.components[-1].checks[0]

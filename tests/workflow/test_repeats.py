@@ -156,6 +156,7 @@ def test_files_that_settings_name_count_by_their_bytes(
     assert repeated() == list(MEASURED)
     texts[1].write_text("another text\n" * 99)
     assert repeated() == list(MADE)
+    assert repeated() == []
     card = model / "README.md"
     card.write_text(card.read_text() + "\n")
     assert repeated() == list(MADE)

@@ -67,9 +67,9 @@ class _once(Generic[Value]):  # noqa: N801 - it decorates methods as functools.c
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, instance: Any, owner: type) -> Value:
+    def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
-            return self  # type: ignore[return-value] - asked of the class
+            return self  # asked of the class
         kept = instance.__dict__.setdefault("_kept", {})
         if self._name not in kept:
             try:
@@ -79,7 +79,7 @@ class _once(Generic[Value]):  # noqa: N801 - it decorates methods as functools.c
         found = kept[self._name]
         if isinstance(found, RyzenCompileError):
             raise found
-        return found  # type: ignore[no-any-return]
+        return found
 
 
 class Measurements:

@@ -32,6 +32,6 @@ class ValidationSettings(Section):
     drafters: tuple[Name, ...] | None = None
     draft: str | None = Field(default=None, description="artifact that drafts as draft_model")
     memory: bool = True
-    parts: bool = True
+    parts: bool = False
     compare: tuple[str, ...] = ()
     thresholds: Thresholds = Thresholds()

@@ -201,7 +201,7 @@ def parts_chart(whole: EndToEnd | None) -> str:
         axes.axvline(1, color=LINE, linewidth=1, zorder=0)
         axes.set_xscale("log")
         axes.margins(x=0.15)
-        axes.set_title("Times as fast as the baseline, logarithmic")
+        axes.set_title("Times as fast, logarithmic")
         name_rows(axes, [short(name) for name, _ in rows])
         axes.set_xticks([1], ["1 x"])
         axes.minorticks_off()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from ryzen_compile.train.metrics_schema import REPORT_NAME as TRAINING_REPORT_NA
 from ryzen_compile.train.metrics_schema import Report as TrainingReport
 from ryzen_compile.validate.measured import Measured
 from ryzen_compile.validate.outcome import Component, Outcome, Status, judge
-from ryzen_compile.workflow.config import TrainPhase
+from ryzen_compile.workflow.config import TrainPhase, WorkflowConfig
 from ryzen_compile.workflow.digests import digest_path
 from ryzen_compile.workflow.html.page import render_html
 from ryzen_compile.workflow.journal import write_file
@@ -66,14 +65,11 @@ def work(place: Place) -> tuple[str, ...]:
     if validation is None:
         raise ArtifactError(f"{shown_path(place.directory / VALIDATION_NAME)} is not there", hint="run validate first")
     final = final_report(place, validation, tests, training)
+    # The one that machines read first: a page that cannot be made takes nothing else with it.
+    write_file(place.directory / FINAL_NAME, final.model_dump_json(indent=1) + "\n")
+    write_file(place.directory / MARKDOWN_NAME, render_markdown(final, validation, tests))
+    write_file(place.directory / HTML_NAME, render_html(final, validation, tests, training))
     written = (FINAL_NAME, HTML_NAME, MARKDOWN_NAME)
-    texts = (
-        final.model_dump_json(indent=1) + "\n",
-        render_html(final, validation, tests, training),
-        render_markdown(final, validation, tests),
-    )
-    for name, text in zip(written, texts, strict=True):
-        write_file(place.directory / name, text)
     return written if training is None else (*written, TRAINING_REPORT_NAME)
 
 
@@ -81,7 +77,7 @@ def final_report(
     place: Place, validation: ValidationReport, tests: TestReport | None, training: TrainingReport | None
 ) -> FinalReport:
     """The verdict on everything: the checks of validation, and the tests' pass rate."""
-    outcomes = [*validation.outcomes, *_tests(place, tests)]
+    outcomes = [*validation.outcomes, tests_outcome(place.config, tests)]
     seconds = sum(record.seconds for record in place.records)
     return FinalReport(
         metadata=validation.metadata.model_copy(update={"command": place.command}),
@@ -105,35 +101,32 @@ def _components(outcomes: Sequence[Outcome]) -> tuple[ComponentVerdict, ...]:
     return tuple(found)
 
 
-def _tests(place: Place, tests: TestReport | None) -> list[Outcome]:
+def tests_outcome(config: WorkflowConfig, tests: TestReport | None) -> Outcome:
     """The suite as a check."""
-    target = place.config.validation.thresholds.target("test_pass_rate")
+    target = config.validation.thresholds.target("test_pass_rate")
+    name = "test_pass_rate"
     if tests is None:
-        return [
-            Outcome(component="tests", check="test_pass_rate", status="SKIPPED", reason="the workflow has no tests")
-        ]
+        return Outcome(component="tests", check=name, status="SKIPPED", reason="the workflow has no tests")
     if tests.pass_rate is None or target is None:
         reason = tests.reason or "no threshold"
         status: Status = "FAIL" if target is not None else "SKIPPED"  # tests that were asked for and did not run
-        return [Outcome(component="tests", check="test_pass_rate", status=status, target=target, reason=reason)]
-    ran = max(1, sum(count for name, count in tests.counts.items() if name != "skipped"))
+        return Outcome(component="tests", check=name, status=status, target=target, reason=reason)
+    ran = max(1, sum(count for status, count in tests.counts.items() if status != "skipped"))
     measured = Measured(value=tests.pass_rate, unit="share", samples=ran)
     verdict, reason = judge(measured, target)
     failing = [test.name for test in tests.tests if test.status in ("failed", "error")]
-    return [
-        Outcome(
-            component="tests",
-            check="test_pass_rate",
-            status=verdict,
-            measured=measured,
-            target=target,
-            reason=reason,
-            culprit=", ".join(failing) if verdict == "FAIL" else "",
-            command=tests.command,
-            seconds=tests.seconds,
-            details=dict(tests.counts),
-        )
-    ]
+    return Outcome(
+        component="tests",
+        check=name,
+        status=verdict,
+        measured=measured,
+        target=target,
+        reason=reason,
+        culprit=", ".join(failing) if verdict == "FAIL" else "",
+        command=tests.command,
+        seconds=tests.seconds,
+        details=dict(tests.counts),
+    )
 
 
 def _training(place: Place) -> TrainingReport | None:
@@ -141,8 +134,9 @@ def _training(place: Place) -> TrainingReport | None:
     if place.config.train is None:
         return None
     source = place.directory / _training_report(place.config.train)
-    shutil.copyfile(source, place.directory / TRAINING_REPORT_NAME)
-    return read_report(source)
+    report = read_report(source)
+    write_file(place.directory / TRAINING_REPORT_NAME, source.read_text(encoding="utf-8"))
+    return report
 
 
 def _training_report(settings: TrainPhase) -> str:

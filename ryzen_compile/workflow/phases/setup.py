@@ -6,10 +6,11 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ryzen_compile.errors import ConfigError, ResourceError
+from ryzen_compile.errors import ConfigError, ResourceError, UnsupportedError
 from ryzen_compile.manifest import read_manifest
 from ryzen_compile.text import BUILTIN, read_text
 from ryzen_compile.validate.checks import check_isa, check_memory, check_onnxruntime, check_versions
@@ -58,6 +59,7 @@ def work(place: Place) -> tuple[str, ...]:
     checks = (check_isa(machine), check_memory(machine), check_versions(), check_onnxruntime(probe("onnxruntime")))
     if failing := [check for check in checks if check.status == "fail"]:
         raise ResourceError(f"{failing[0].name}: {failing[0].detail}", hint=failing[0].fix)
+    _require_libraries(place)
     facts = {
         "machine": asdict(machine),
         "key": cpu_key(machine),
@@ -70,6 +72,18 @@ def work(place: Place) -> tuple[str, ...]:
         read_manifest(Path(place.config.validation.draft))
     write_file(place.directory / SETUP_NAME, json.dumps(facts, indent=1) + "\n")
     return (SETUP_NAME,)
+
+
+def _require_libraries(place: Place) -> None:
+    """What a later phase needs is missed now, not after hours. Raises ``UnsupportedError``."""
+    needed = {"jinja2": "report", "matplotlib": "report"}
+    needed |= {"accelerate": "train"} if place.config.train is not None else {}
+    needed |= {"pytest": "test"} if place.config.tests is not None else {}
+    for library, extra in needed.items():
+        if find_spec(library) is None:
+            raise UnsupportedError(
+                f"this workflow needs the library {library}", hint=f"pip install 'ryzen-compile[{extra}]'"
+            )
 
 
 def model_directory(place: Place) -> Path | None:

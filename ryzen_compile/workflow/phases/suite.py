@@ -25,7 +25,7 @@ def inputs(place: Place) -> Mapping[str, Any]:
         return {}
     return {
         "settings": settings.model_dump(mode="json"),
-        "files": {path: digest_path(Path(path)) for path in settings.paths},
+        "files": {path: digest_path(Path(path)) for path in (*settings.paths, *settings.inputs)},
         "libraries": library_facts(),
         "machine": machine_facts(),
     }

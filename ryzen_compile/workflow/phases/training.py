@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ryzen_compile.train.config import TrainConfig, read_config
 from ryzen_compile.workflow.digests import digest_path
 from ryzen_compile.workflow.phase import TRAINING_NAME, Place
+from ryzen_compile.workflow.phases.setup import library_facts
 
 
 def idle(place: Place) -> str:
@@ -26,7 +28,14 @@ def inputs(place: Place) -> Mapping[str, Any]:
     named = [config.model.path, tokenizer, teacher, *texts]
     digests = {str(name): digest_path(Path(name)) for name in named if name is not None}
     settings = config.model_dump(mode="json", exclude={"output"})  # where it goes is no part of what it is
-    return {"settings": settings, "mode": place.config.train.mode, "files": digests}
+    mode = place.config.train.mode
+    return {"settings": settings, "mode": mode, "files": digests, "libraries": library_facts()}
+
+
+def clear(place: Place) -> None:
+    """A finished run is started anew; one that was interrupted, or has other settings, is never thrown away."""
+    if place.config.train is not None:
+        shutil.rmtree(place.directory / TRAINING_NAME / place.config.train.mode, ignore_errors=True)
 
 
 def work(place: Place) -> tuple[str, ...]:
