@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
@@ -95,8 +96,9 @@ def _show(finished: Finished, as_json: bool) -> None:
     if as_json and report is not None:
         typer.echo(report.model_dump_json(indent=2))  # which writes no NaN
     elif as_json:
-        phases = [record.model_dump(mode="json") for record in finished.records]
-        checks = [outcome.model_dump(mode="json") for outcome in finished.outcomes]
+        # As text first, which writes no NaN.
+        phases = [json.loads(record.model_dump_json()) for record in finished.records]
+        checks = [json.loads(outcome.model_dump_json()) for outcome in finished.outcomes]
         output.print_json({"phases": phases, "outcomes": checks})
     elif finished.outcomes:
         for line in check_lines(finished.outcomes):

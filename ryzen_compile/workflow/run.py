@@ -103,7 +103,7 @@ def _run(step: Step, journal: Journal, place: Place, again: bool) -> PhaseRecord
     entry = None if again else journal.finished(step.phase, inputs)
     if entry is not None:
         return _reused(step, entry)
-    if again and journal.finished(step.phase) is not None:
+    if again and journal.finished(step.phase, inputs) is not None:
         step.clear(place)
     journal.forget(step.phase)
     started = time.perf_counter()

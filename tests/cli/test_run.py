@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+from ryzen_compile.validate.measured import Measured
+from ryzen_compile.validate.outcome import Outcome
 from ryzen_compile.workflow import run as mechanics
 from ryzen_compile.workflow.config import WorkflowConfig
 from ryzen_compile.workflow.phase import ARTIFACT_NAME
-from ryzen_compile.workflow.report_schema import FINAL_NAME, PHASES, VALIDATION_NAME, FinalReport
+from ryzen_compile.workflow.phases import validation
+from ryzen_compile.workflow.report_schema import FINAL_NAME, PHASES, VALIDATION_NAME, FinalReport, ValidationReport
 from tests.workflow.tiny_workflow import copied, finished_workflow, settings, statuses, times
 
 Run = Callable[..., tuple[int, str, str]]
@@ -98,37 +101,51 @@ def test_as_json_it_is_the_final_report(run: Run, file: Path) -> None:
     assert found.summary.verdict == "PASS" and statuses(found)["optimize"] == "reused"
 
 
-def test_json_of_numbers_that_are_none(run: Run, file: Path) -> None:
-    """Strict JSON knows no NaN; reports spell it out."""
-    output = file.parent / "out"
-    tree = json.loads((output / VALIDATION_NAME).read_text())
-    tree["outcomes"][0]["measured"]["value"] = "NaN"
-    tree["outcomes"][0]["details"] = {"ratio": "Infinity"}
-    (output / VALIDATION_NAME).write_text(json.dumps(tree))
-    journal = mechanics.Journal(output)
-    entry = journal.finished("validate")
-    assert entry is None  # it was changed behind the run's back
-    old = json.loads((output / "workflow.json").read_text())["phases"]["validate"]
-    journal.finish("validate", old["inputs"], (VALIDATION_NAME,), old["seconds"])
-    status, out, err = run("run", file, "--json")
-    assert status == 0, err
+def test_json_of_numbers_that_are_none(run: Run, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strict JSON knows no NaN; reports spell it out, the final one and what a phase alone found."""
+    written = ValidationReport.model_validate_json((file.parent / "out" / VALIDATION_NAME).read_bytes())
+    odd = written.outcomes[0].model_copy(
+        update={"measured": Measured(value=float("nan")), "details": {"ratio": float("inf")}}
+    )
+    found = written.model_copy(update={"outcomes": (odd, *written.outcomes[1:])})
+    monkeypatch.setattr(validation, "validate_artifact", lambda *_, **__: found)
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
 
-    found = json.loads(out, parse_constant=refuse)
-    check = found["components"][0]["checks"][0]
-    assert (check["measured"]["value"], check["details"]["ratio"]) == ("NaN", "Infinity")
+    status, out, err = run("run", file, "--only", "validate", "--json")
+    assert status == 0, err
+    alone = json.loads(out, parse_constant=refuse)["outcomes"][0]
+    status, out, err = run("run", file, "--json")
+    assert status == 0, err
+    check = json.loads(out, parse_constant=refuse)["components"][0]["checks"][0]
+    for one in (alone, check):
+        assert (one["measured"]["value"], one["details"]["ratio"]) == ("NaN", "Infinity")
 
 
 # --- phases -----------------------------------------------------------------------------------------------------------
-def test_only_one_phase_has_no_verdict(run: Run, file: Path) -> None:
+def test_only_a_phase_that_checks_nothing_has_no_verdict(run: Run, file: Path) -> None:
     status, out, err = run("run", file, "--only", "setup")
     assert (status, out) == (0, "")
     assert [line.split()[:2] for line in err.splitlines() if not line.startswith(" ")] == [["setup", "done"]]
     status, out, err = run("run", file, "--only", "setup", "--json")
     assert (status, err) == (0, "")
     assert [(one["phase"], one["status"]) for one in json.loads(out)["phases"]] == [("setup", "done")]
+
+
+def test_only_a_phase_that_checks_has_its_own_verdict(run: Run, file: Path) -> None:
+    """The whole has one only when its report is written."""
+    change = ("--set", "validation.thresholds.compression_ratio=1000")
+    status, out, _ = run("run", file, "--only", "validate", *change)
+    lines = out.splitlines()
+    assert status == 7 and lines[-1] == "verdict: FAIL" and "report:" not in out
+    assert {line.split()[2] for line in lines[:-1] if not line.startswith(" ")} == CHECKS - {"test_pass_rate"}
+    status, out, err = run("run", file, "--only", "validate", *change, "--json")
+    assert (status, err) == (7, "")
+    found = json.loads(out)
+    assert [one["phase"] for one in found["phases"]] == ["setup", "train", "optimize", "validate"]
+    assert [one["check"] for one in found["outcomes"] if one["status"] == "FAIL"] == ["compression_ratio"]
+    assert [Outcome.model_validate(one).check for one in found["outcomes"]]
 
 
 def test_from_the_last_phase_on(run: Run, file: Path) -> None:
@@ -205,8 +222,11 @@ def test_stopped_from_the_keyboard(run: Run, file: Path, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(report, "render_html", stop)
-    status, out, err = run("run", file)
+    trace = file.parent / "trace.json"
+    status, out, err = run("run", file, "--trace", trace)
     assert (status, out) == (130, "") and "stopped from the keyboard" in one_line(err, "interrupted")
+    events = json.loads(trace.read_text())["traceEvents"]  # what was done until then is in it
+    assert [event["name"] for event in events if event["ph"] == "X"] == ["report"]
     monkeypatch.undo()
     status, out, err = run("run", file)
     assert status == 0 and "validate  reused" in err and "report    done" in err

@@ -148,21 +148,13 @@ def test_an_artifact_of_another_model_fails_and_says_so(
     from tests.model_directory import shared_model
 
     other = shared_model(tmp_path_factory)
-    status, out, err = run(
-        "validate",
-        artifact,
-        "--baseline",
-        other,
-        "--config",
-        small,
-        "--json",
-        "--set",
-        "thresholds.end_to_end_speedup=1",
-    )
+    target = ("--set", "thresholds.end_to_end_speedup=1")
+    status, out, err = run("validate", artifact, "--baseline", other, "--config", small, "--json", *target)
     assert status == 7, err
     report = ValidationReport.model_validate_json(out)
     failed = {one.check: one for one in report.outcomes if one.status == "FAIL"}
     assert "end_to_end_speedup" in failed and "compare with the model that it was made from" in (
         failed["end_to_end_speedup"].reason
     )
-    assert report.inference is None and {one.check: one.status for one in report.outcomes}["passes_hold"] == "PASS"
+    measured = {one.check: one.measured for one in report.outcomes}
+    assert report.inference is None and measured["kernel_speedup"] is not None

@@ -24,7 +24,8 @@ from ryzen_compile.train.config import (
     read_config,
 )
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+EXAMPLES = sorted(path for path in CONFIGS.glob("*.yaml") if not path.name.startswith("workflow"))
 # The least that a run needs.
 LEAST = """
 output: out

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ryzen_compile.api import load
-from ryzen_compile.errors import ArtifactError, ConfigError, ModelError, ResourceError, UsageError
+from ryzen_compile.errors import ArtifactError, ConfigError, ModelError, ResourceError, UnsupportedError, UsageError
 from ryzen_compile.workflow import report_schema
 from ryzen_compile.workflow.phase import ARTIFACT_NAME
 from ryzen_compile.workflow.phases import setup, validation
@@ -65,6 +65,33 @@ def test_a_machine_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ResourceError, match="no AVX2; use another machine"):
         run_workflow(config(tmp_path / "out"), command=COMMAND)
     assert journal_phases(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("library", "changes", "extra"),
+    [
+        ("jinja2", {}, "report"),
+        ("matplotlib", {}, "report"),
+        ("pytest", {"tests": {"paths": ["tests"]}}, "test"),
+        ("accelerate", {"model": None, "train": {"config": "TRAIN"}}, "train"),
+    ],
+)
+def test_a_library_that_a_later_phase_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, changes: dict[str, Any], extra: str
+) -> None:
+    """Missed at once, not after hours; what no phase of the workflow needs is not missed."""
+    write_text(tmp_path)
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump(tiny_config(tmp_path).model_dump(mode="json")))
+    if "train" in changes:
+        changes = {**changes, "train": {"config": str(file)}}
+    real = setup.find_spec
+    monkeypatch.setattr(setup, "find_spec", lambda name: None if name == library else real(name))
+    with pytest.raises(UnsupportedError, match=rf"needs the library {library}; pip install 'ryzen-compile\[{extra}\]'"):
+        run_workflow(config(tmp_path / "out", **changes), command=COMMAND)
+    assert journal_phases(tmp_path / "out") == []
+    if changes:
+        run_workflow(config(tmp_path / "out"), command=COMMAND, only="setup")
 
 
 # --- validation -------------------------------------------------------------------------------------------------------
@@ -199,6 +226,24 @@ def test_a_damaged_model_is_saved_again_from_its_checkpoint(
     assert weights.read_bytes() == sound and watched.steps == []
 
 
+def test_from_training_on_it_is_trained_anew(
+    trained: tuple[Mapping[str, Any], Finished, list[list[int]]], tmp_path: Path
+) -> None:
+    """A run that was finished; one that was interrupted goes on, whatever was asked for."""
+    changes, found, _ = trained
+    output = copied(found.directory, tmp_path / "out")
+    weights = output / "training" / "baseline" / "model" / "model.safetensors"
+    sound = weights.read_bytes()
+    asked = config(output, **changes)
+    watched = [Watched(3), Watched(), Watched()]
+    with pytest.raises(KeyboardInterrupt):
+        run_workflow(asked, command=COMMAND, start="train", watcher=watched[0])
+    for watcher in watched[1:]:
+        run_workflow(asked, command=COMMAND, only="train", watcher=watcher)
+    assert [watcher.steps for watcher in watched] == [[1, 2, 3], [3, 4, 5], [1, 2, 3, 4, 5]]
+    assert weights.read_bytes() == sound
+
+
 # --- a workflow with tests --------------------------------------------------------------------------------------------
 SUITE = """
 def test_adds_up():
@@ -245,6 +290,12 @@ def test_a_failing_test_fails_the_workflow_by_name(
     found = run_workflow(asked, command=COMMAND)
     assert statuses(found) == reused | {"test": "done", "report": "done"}
     assert found.report is not None and found.report.summary.verdict == "PASS"
+
+    data = tmp_path / "data.json"
+    reading = config(output, tests={"paths": [str(suite)], "inputs": [str(data)]}, thresholds={"test_pass_rate": 0.95})
+    for text, status in (("[]", "done"), ("[]", "reused"), ("[1]", "done")):
+        data.write_text(text)
+        assert statuses(run_workflow(reading, command=COMMAND))["test"] == status
 
     without = config(output, thresholds={"test_pass_rate": 0.95})
     found = run_workflow(without, command=COMMAND)  # the old report of the tests is still there, and not told of
