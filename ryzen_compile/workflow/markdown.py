@@ -81,7 +81,7 @@ def _findings(final: FinalReport) -> str:
     found = findings(final)
     if not found:
         return ""
-    lines = ["### Failed and nearly failed", "", *(_finding(one) for one in found[:LISTED])]
+    lines = ["### Failures and warnings", "", *(_finding(one) for one in found[:LISTED])]
     return "\n".join([*lines, *_more(len(found))])
 
 

@@ -68,7 +68,7 @@ def _sections(facts: dict[str, Any]) -> dict[str, str]:
     """Ids and titles of the sections for which there is something to show, in their order."""
     final, validation, drawn = facts["final"], facts["validation"], facts["charts"]
     found = {
-        "findings": ("Failed and nearly failed", facts["findings"]),
+        "findings": ("Failures and warnings", facts["findings"]),
         "checks": ("Checks", final.components),
         "parts": ("The whole and its parts", final.end_to_end),
         "latency": ("Latency", facts["inference"]),
