@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
@@ -53,6 +54,7 @@ def run(
         if name is not None and name not in PHASES:
             raise UsageError(f"there is no phase {name!r}", hint=f"phases are {', '.join(PHASES)}")
     settings = read_workflow(config, changes or ())
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars follow it
     console, silent = output.stderr(), quiet or as_json
 
     def say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ def validate(
     from ryzen_compile.workflow.validation import Baseline, validate_artifact
 
     _check_report(report)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars follow it
     asked = changes or []
     if config is None:
         settings = changed_settings(ValidationSettings, {}, asked)
@@ -74,7 +76,7 @@ def check_lines(outcomes: Sequence[Outcome]) -> list[str]:
     for one in outcomes:
         measured = one.measured.to_text() if one.measured is not None else "-"
         target = one.target.to_text() if one.target is not None else "-"
-        lines.append(f"{one.status:<8}{one.component:<13}{one.check:<21}{measured:<32}{target}")
+        lines.append(f"{one.status:<8}{one.component:<13}{one.check:<21}{measured:<40}{target}")
         if one.status in ("WARN", "SKIPPED") and one.reason:
             lines.append(f"        {one.reason}")
         if one.status == "FAIL":
