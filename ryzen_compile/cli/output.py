@@ -1,4 +1,4 @@
-"""Where output goes: results on stdout, progress and logs on stderr, JSON when asked for.
+"""Where output goes: results on stdout, progress and logs on stderr, JSON when asked for. Options of several commands.
 
 Colour appears on a terminal only, and never with ``NO_COLOR`` (rich looks at both).
 """
@@ -18,6 +18,10 @@ NativeFlag = Annotated[
     bool | None,
     typer.Option("--native/--no-native", help="Insist on our own operators, or do without; default: where they are."),
 ]
+ChangesFlag = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace one setting; may be repeated.")
+]
+SchemaFlag = Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of configurations, and stop.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 
 

@@ -25,13 +25,9 @@ def run(
     config: Annotated[Path | None, typer.Argument(help="The workflow, as YAML; see examples/configs.")] = None,
     only: Annotated[str | None, typer.Option("--only", help="Run this phase alone, behind finished ones.")] = None,
     start: Annotated[str | None, typer.Option("--from", help="Run this phase and those behind it again.")] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace one setting; may be repeated.")
-    ] = None,
+    changes: output.ChangesFlag = None,
     trace: TraceFlag = None,
-    schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON Schema of configurations, and stop.")
-    ] = False,
+    schema: output.SchemaFlag = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: output.JsonFlag = False,
 ) -> None:

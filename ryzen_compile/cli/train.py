@@ -29,12 +29,8 @@ def train(
         str, typer.Option("--mode", help="optimized, baseline (plain eager float32) or test (a few steps).")
     ] = "optimized",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace one setting; may be repeated.")
-    ] = None,
-    schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON Schema of configurations, and stop.")
-    ] = False,
+    changes: output.ChangesFlag = None,
+    schema: output.SchemaFlag = False,
     as_json: output.JsonFlag = False,
 ) -> None:
     """Train a model, with quantization, distillation or compressed tables in the loop."""

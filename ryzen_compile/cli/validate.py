@@ -23,9 +23,7 @@ def validate(
     config: Annotated[
         Path | None, typer.Option("--config", help="Settings and thresholds as YAML, as `validation` of a workflow.")
     ] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace one setting; may be repeated.")
-    ] = None,
+    changes: output.ChangesFlag = None,
     report: Annotated[Path | None, typer.Option(help="Write validation_report.json here.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: output.JsonFlag = False,
