@@ -1,8 +1,20 @@
-"""What a decoder is, in numbers: plain facts that every layer may hold and JSON can carry."""
+"""What a model is, in numbers: plain facts that every layer may hold and JSON can carry."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+PoolingMode = Literal["mean", "cls", "max", "last"]
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How the vectors of a text's tokens become one: their mean, the first token's ("cls"), the largest value of each
+    channel, or the last token's; padding counts nowhere. ``normalize`` divides it by its Euclidean length."""
+
+    mode: PoolingMode = "mean"
+    normalize: bool = True
 
 
 @dataclass(frozen=True)
@@ -10,7 +22,8 @@ class ModelSpec:
     """Read off the captured graph and the model's config.
 
     ``heads``, ``kv_heads`` and ``head_dim`` are the first attention layer's; models whose layers differ carry the
-    exact numbers in their cache slots. ``architecture`` is for people to read: nothing branches on it.
+    exact numbers in their cache slots. ``architecture`` is for people to read: nothing branches on it. ``pooling`` says
+    that it is an encoder, whose output is a vector of ``hidden`` channels for each text; a decoder has none.
     """
 
     layers: int
@@ -23,6 +36,7 @@ class ModelSpec:
     tied: bool
     parameters: int
     architecture: str
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the decode loop needs from a backend, and nothing more: one ``step``.
+"""What the decode loop needs from a backend, and nothing more: one ``step``; and what encoding needs: one ``embed``.
 
 An engine turns new tokens plus a cache into logits. It knows no sampling, no stopping and no batch policy; the loop in
 ``generate`` knows no backend. ``ModelSpec`` and ``CacheSlot`` are re-exported, so that an engine can be written against
@@ -16,7 +16,7 @@ from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.storage import Storage
 from ryzen_compile.spec import CacheSlot, ModelSpec
 
-__all__ = ["CacheSlot", "Engine", "ModelSpec", "check_last"]
+__all__ = ["CacheSlot", "EncoderEngine", "Engine", "ModelSpec", "check_last"]
 
 
 class Engine(Protocol):
@@ -53,6 +53,25 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give up sessions and buffers. ``step`` is not called afterwards; ``close`` may be called again."""
+        ...
+
+
+class EncoderEngine(Protocol):
+    """A compiled encoder: a batch of texts becomes a vector each, pooled as ``spec.pooling`` says.
+
+    A row's vector does not depend on the rows beside it nor on how far they are padded, but for float32 rounding.
+    """
+
+    name: str
+    spec: ModelSpec
+
+    def embed(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Vectors ``(B, C)`` float32 of ``tokens`` ``(B, T)`` int64, of which those count whose ``mask`` ``(B, T)``
+        int64 is 1; every row has one. The array returned is the caller's."""
+        ...
+
+    def close(self) -> None:
+        """Give up sessions and buffers. ``embed`` is not called afterwards; ``close`` may be called again."""
         ...
 
 
