@@ -98,16 +98,24 @@ SINGLE: tile.Choices = {
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    causal: bool,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The operator ``ryzen::attention``: ``q`` (B, H, T, D), ``k`` (B, K, T, D), ``v`` (B, K, T, D') of one type
     -> (B, T, H, D').
 
     Rows are read wherever they lie, if the channels of each are next to each other. Raises ``UsageError`` for tensors
     that do not fit together, ``UnsupportedError`` for types other than float32, float16 and bfloat16, for heads of
-    more than 256 channels, and for tensors that are not on a GPU (unless Triton interprets its kernels).
+    more than 256 channels, for a mask, and for tensors that are not on a GPU (unless Triton interprets its kernels).
     """
-    tile.expect_fit("attention", q, k, v, sinks, window)
+    tile.expect_fit("attention", q, k, v, sinks, window, mask)
     device = launch.expect_device("attention", q=q, k=k, v=v, sinks=sinks)
     out = launch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), q.dtype, device)
     if not out.numel():

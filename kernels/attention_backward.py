@@ -38,6 +38,7 @@ def attention_backward(
     window: int,
     softcap: float,
     causal: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator ``ryzen::attention_backward``: ``grad`` and ``out`` (B, T, H, D') with ``q`` (B, H, T, D), ``k``
     (B, K, T, D) and ``v`` (B, K, T, D') of one type -> the gradients of ``q``, ``k``, ``v`` and ``sinks``, the last one
@@ -45,7 +46,7 @@ def attention_backward(
 
     Rows are read wherever they lie, if the channels of each are next to each other. Raises as ``attention`` does.
     """
-    tile.expect_fit("attention_backward", q, k, v, sinks, window)
+    tile.expect_fit("attention_backward", q, k, v, sinks, window, mask)
     batch, heads, tokens, _ = q.shape
     for name, x in (("grad", grad), ("out", out)):
         if x.shape != (batch, tokens, heads, v.shape[3]) or x.dtype != q.dtype:

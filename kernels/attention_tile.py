@@ -194,8 +194,14 @@ def store_rows(
     tl.store(target + place, rows.to(target.dtype.element_ty), mask=there)
 
 
-def expect_fit(op: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, window: int) -> None:
-    """Raises ``UsageError`` for tensors that do not fit together, ``UnsupportedError`` for types and widths."""
+def expect_fit(
+    op: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, window: int, mask: Tensor | None = None
+) -> None:
+    """Raises ``UsageError`` for tensors that do not fit together, ``UnsupportedError`` for types, widths and masks."""
+    if mask is not None:
+        raise UnsupportedError(
+            f"{op}: there is no kernel for padding", hint="run the references, on tensors of the CPU"
+        )
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
     batch, heads, tokens, dim = q.shape if q.dim() == 4 else (0, 0, 0, 0)
     fit = q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3]
@@ -223,11 +229,12 @@ def by_strides(x: Tensor) -> Tensor:
 def arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float, causal: bool) -> Numbers:
     """Those of the kernels that are numbers, by name; ``scale`` is positive."""
     tokens, cap = q.shape[2], abs(softcap)
+    near = min(window or tokens, tokens)
     return {
         "tokens": tokens,
         "heads": q.shape[1],
-        "window": min(window or tokens, tokens),  # keys before a query that it sees, itself included
-        "reach": 0 if causal else tokens,  # keys behind a query that it sees
+        "window": near,  # keys before a query that it sees, itself included
+        "reach": 0 if causal else near - 1,  # keys behind a query that it sees
         "factor": scale / cap if cap else scale * LOG2_E,
         "cap": cap * LOG2_E,
         "GROUP": q.shape[1] // k.shape[1],

@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from ryzen_compile.spec import ModelSpec
 
 ATTENTION = "ryzen"
 EXPERTS = "batched_mm"  # experts as gathers and products; the other forms loop over data or call a private operator
+TRACED = (2, 7)  # rows and tokens; sizes of one would be specialised to one
 SWITCHES = ("_attn_implementation", "_experts_implementation")
 aten = torch.ops.aten
 ASSERTIONS = (
@@ -57,31 +60,24 @@ def capture(model: nn.Module, *, context: int | None = None) -> Program:
     ``UnsupportedError`` for weights that are not float32 and for a mask that is neither causal, windowed nor full.
     """
     limit = context_of(model, context)
-    _refuse_half(model)
-    training = [(module, module.training) for module in model.modules()]  # parts may be frozen in another mode
-    model.eval()
-    try:
-        with _attention_recorder(model) as honoured:
-            exported = _export(_wrap(model), limit)
-    finally:
-        for module, flag in training:
-            module.training = flag
-    spec = _read_spec(model, exported, limit)
-    provenance = {
-        "class": type(model).__name__,
-        "attention": "interface" if honoured else "aten",
-        "config_sha256": _config_digest(model),
-        "torch": torch.__version__,
-    }
-    return Program(exported, spec, provenance=provenance)
+    ids, positions = torch.zeros(TRACED, dtype=torch.long), torch.arange(TRACED[1]).repeat(TRACED[0], 1)
+    exported, provenance = trace(_wrap(model), {"input_ids": ids, "position_ids": positions}, limit)
+    return Program(exported, _read_spec(model, exported, limit), provenance=provenance)
 
 
-class _WithPositions(nn.Module):
+class Wrapped(nn.Module):
+    """A user's model behind the one call that its kind is reduced to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model_to_capture = model
+
+
+class _WithPositions(Wrapped):
     """The call every decoder is reduced to."""
 
     def __init__(self, model: nn.Module, takes_positions: bool, no_cache: bool) -> None:
-        super().__init__()
-        self.model_to_capture = model
+        super().__init__(model)
         self._arguments: Any = {"use_cache": False} if no_cache else {}
         self._takes_positions: Any = takes_positions
 
@@ -99,16 +95,40 @@ def _wrap(model: nn.Module) -> _WithPositions:
     return _WithPositions(model, "position_ids" in names, "use_cache" in names)
 
 
-def _export(wrapped: _WithPositions, context: int) -> ExportedProgram:
+def trace(
+    wrapped: Wrapped, inputs: Mapping[str, Tensor], context: int, *, interface: bool = True
+) -> tuple[ExportedProgram, dict[str, str]]:
+    """The graph of ``wrapped`` for ``inputs`` (B, T) by name, B and T dynamic, and where it comes from.
+
+    Without the ``interface`` its attention is captured as ATen even if it honours it. Raises as ``capture`` does; the
+    model is handed back as it was.
+    """
+    model = wrapped.model_to_capture
+    _refuse_half(model)
+    training = [(module, module.training) for module in model.modules()]  # parts may be frozen in another mode
+    wrapped.eval()
+    try:
+        with _attention_recorder(model, interface) as honoured:
+            exported = _export(wrapped, inputs, context)
+    finally:
+        for module, flag in training:
+            module.training = flag
+    return exported, {
+        "class": type(model).__name__,
+        "attention": "interface" if honoured else "aten",
+        "config_sha256": _config_digest(model),
+        "torch": torch.__version__,
+    }
+
+
+def _export(wrapped: Wrapped, inputs: Mapping[str, Tensor], context: int) -> ExportedProgram:
     # A table or mask of the context's size bounds the tokens; at exactly that size its slice is a case of its own.
     batch, tokens = Dim("batch"), Dim("tokens", max=max(context - 1, 8))
-    ids = torch.zeros((2, 7), dtype=torch.long)  # sizes of one would be specialised to one
-    positions = torch.arange(7).repeat(2, 1)
-    dynamic = {"input_ids": {0: batch, 1: tokens}, "position_ids": {0: batch, 1: tokens}}
+    dynamic = dict.fromkeys(inputs, {0: batch, 1: tokens})
     try:
         with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            wrapped(ids, positions)  # reads the masks with real tensors before anything is traced
-            exported = torch.export.export(wrapped, (ids, positions), dynamic_shapes=dynamic, strict=False)
+            wrapped(**inputs)  # reads the masks with real tensors before anything is traced
+            exported = torch.export.export(wrapped, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False)
             return _without_assertions(exported.run_decompositions(_decompositions()))
     except (UnsupportedError, CaptureError):
         raise
@@ -147,7 +167,7 @@ def _decompositions() -> dict:
 
 
 @contextmanager
-def _attention_recorder(model: Any) -> Iterator[bool]:
+def _attention_recorder(model: Any, wanted: bool) -> Iterator[bool]:
     """Switches a Hugging Face model to our attention; yields whether it honours the interface."""
     if not (hasattr(model, "set_attn_implementation") and hasattr(model, "config")):
         yield False
@@ -162,7 +182,7 @@ def _attention_recorder(model: Any) -> Iterator[bool]:
         if hasattr(model, "set_experts_implementation") and hasattr(model.config, SWITCHES[1]):
             model.set_experts_implementation(EXPERTS)
         with suppress(ValueError, AttributeError, KeyError):  # how a model says that it does not honour the interface
-            model.set_attn_implementation(ATTENTION)
+            model.set_attn_implementation(ATTENTION if wanted else "eager")
         honoured = model.config._attn_implementation == ATTENTION
         if not honoured:
             model.set_attn_implementation("eager")
@@ -179,18 +199,32 @@ def _configs(model: Any) -> list[Any]:
     return list({id(config): config for config in configs if hasattr(config, SWITCHES[0])}.values())
 
 
-def _mask_function() -> Callable[..., MaskSpec]:
+@dataclass(frozen=True)
+class _Mask:
+    """What a model's attention is handed as its mask. ``padding`` (B, T) bool is the user's, true where a key counts."""
+
+    spec: MaskSpec
+    padding: Tensor | None
+
+
+def _mask_function() -> Callable[..., _Mask]:
     """The eager run reads each mask; the traced run, where tensors hold no values, gets the same specs in order."""
     specs: list[MaskSpec] = []
     replayed = 0
 
-    def mask(*, mask_function: Callable, local_size: int | None = None, **_: object) -> MaskSpec:
+    def mask(
+        *,
+        mask_function: Callable,
+        local_size: int | None = None,
+        attention_mask: Tensor | None = None,
+        **_: object,
+    ) -> _Mask:
         nonlocal replayed
         if torch.compiler.is_exporting():
             replayed += 1
-            return specs[(replayed - 1) % len(specs)]
+            return _Mask(specs[(replayed - 1) % len(specs)], attention_mask)
         specs.append(read_mask(mask_function, local_size))
-        return specs[-1]
+        return _Mask(specs[-1], attention_mask)
 
     return mask
 
@@ -200,7 +234,7 @@ def _attention_function(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: MaskSpec | Tensor | None,
+    attention_mask: _Mask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -212,10 +246,12 @@ def _attention_function(
         raise UnsupportedError(
             f"{type(module).__name__} passes a mask tensor to its attention", hint="only MaskSpec masks are captured"
         )
-    mask = attention_mask or MaskSpec(causal=bool(options.get("is_causal", getattr(module, "is_causal", True))))
+    causal = bool(options.get("is_causal", getattr(module, "is_causal", True)))
+    mask = attention_mask or _Mask(MaskSpec(causal), None)
+    spec = mask.spec
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
-    out = ops.attention(query, key, value, s_aux, float(scale), mask.window, float(softcap or 0.0), mask.causal)
-    return out, None
+    attend = partial(ops.attention, query, key, value, s_aux, float(scale), spec.window, float(softcap or 0.0))
+    return attend(spec.causal) if mask.padding is None else attend(spec.causal, mask.padding), None
 
 
 def context_of(model: nn.Module, wanted: int | None) -> int:

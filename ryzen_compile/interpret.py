@@ -59,14 +59,20 @@ def interpret(
 
 
 def text_feeds(
-    program: Program, ids: Tensor, *, start: int = 0, caches: Sequence[Tensor] | None = None
+    program: Program,
+    ids: Tensor,
+    *,
+    start: int = 0,
+    caches: Sequence[Tensor] | None = None,
+    mask: Tensor | None = None,
 ) -> dict[fx.Node, Tensor]:
-    """What a Program is fed to read ``ids`` (B, T) at positions from ``start``; ``caches`` in the inputs' order."""
+    """What a Program is fed to read ``ids`` (B, T) at positions from ``start``; ``caches`` in the inputs' order.
+    ``mask`` (B, T) is 0 where an encoder's ids are padding, which none are without it."""
     batch, tokens = ids.shape
     given = {
         "input_ids": ids,
         "position_ids": torch.arange(start, start + tokens).repeat(batch, 1),
-        "attention_mask": torch.ones((batch, start + tokens), dtype=torch.long),
+        "attention_mask": torch.ones((batch, start + tokens), dtype=torch.long) if mask is None else mask,
     }
     names = [n.name for n in program.inputs if n.name.startswith("past_key_values_")]
     given |= dict(zip(names, caches or (), strict=True))

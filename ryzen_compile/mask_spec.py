@@ -18,7 +18,8 @@ REACH = 40_000  # a row this long tells every window in use from "no window"
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """``window`` counts the keys a query sees, itself included; 0 means all of them."""
+    """A query sees keys less than ``window`` positions away, itself included; 0 means all of them. ``causal``: none
+    behind itself, else a window reaches as far to both sides."""
 
     causal: bool = True
     window: int = 0
@@ -41,7 +42,7 @@ def read_mask(function: Callable, hint: int | None = None, *, length: int | None
     for q, row in seen.items():
         expected = keys <= q if causal else torch.ones(length, dtype=torch.bool)
         if spec.window:
-            expected = expected & (keys > q - spec.window)
+            expected = expected & ((keys - q).abs() < spec.window)
         if not torch.equal(row, expected):
             raise UnsupportedError(
                 f"the attention mask is neither causal, windowed nor full: query {q} sees {int(row.sum())} keys, "

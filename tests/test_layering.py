@@ -20,7 +20,7 @@ LAYERS = (
     ("workflow",),
     ("__init__",),
     ("api",),
-    ("capture", "pipeline", "backends", "runtime", "validate", "train"),
+    ("capture", "capture_encoder", "pipeline", "backends", "runtime", "validate", "train"),
     ("report", "graphs"),
     ("passes",),
     ("edit", "verify", "probe", "interpret", "ops", "kernels", "program", "mask_spec", "row_shifts"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from ryzen_compile.runtime.engine import Engine
+from ryzen_compile.runtime.engine import EncoderEngine, Engine
 
 if TYPE_CHECKING:  # a Program needs torch, which opening an artifact does not
     from ryzen_compile.program import Program
@@ -36,10 +36,11 @@ class Backend(Protocol):
         """Whether this backend can run on this machine; imports its libraries, raises nothing."""
         ...
 
-    def compile(self, program: Program) -> Engine:
-        """An engine that runs ``program``, whose cache slots are filled in.
+    def compile(self, program: Program) -> Engine | EncoderEngine:
+        """An engine that runs ``program``: an ``EncoderEngine`` where ``program.spec.pooling`` says that it is an
+        encoder, else an ``Engine`` over its cache slots, which are filled in.
 
-        Raises ``UsageError`` for a Program without a cache and ``UnsupportedError``, by node and module path, for an
+        Raises ``UsageError`` for a decoder without a cache and ``UnsupportedError``, by node and module path, for an
         operator that it cannot carry.
         """
         ...

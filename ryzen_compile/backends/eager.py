@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from ryzen_compile import ops
 from ryzen_compile.backends.base import Capability
 from ryzen_compile.errors import UsageError
-from ryzen_compile.interpret import interpret
+from ryzen_compile.interpret import interpret, text_feeds
 from ryzen_compile.program import Program
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import check_last
@@ -34,8 +34,29 @@ class EagerBackend:
     def probe(self) -> Capability:
         return Capability(True, f"torch {torch.__version__}")
 
-    def compile(self, program: Program) -> EagerEngine:
-        return EagerEngine(program)
+    def compile(self, program: Program) -> EagerEngine | EagerEncoder:
+        return EagerEngine(program) if program.spec.pooling is None else EagerEncoder(program)
+
+
+class EagerEncoder:
+    """An ``EncoderEngine`` over the references."""
+
+    name = "eager"
+
+    def __init__(self, program: Program) -> None:
+        self.spec = program.spec
+        self._program = program
+        self._constants = fold_constants(program)
+
+    def embed(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """See ``EncoderEngine.embed``."""
+        ids, padding = (torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in (tokens, mask))
+        given = self._constants | text_feeds(self._program, ids, mask=padding)
+        vectors: Tensor = interpret(self._program, given, self._program.outputs)[0]
+        return vectors.float().numpy()
+
+    def close(self) -> None:
+        self._constants = {}
 
 
 class EagerEngine:

@@ -1,7 +1,6 @@
 """Scaled dot-product attention with grouped heads, over a whole sequence and over a cache.
 
-Grouped heads as in GQA (Ainslie et al., 2023): query head ``h`` reads kv head ``h // (H / K)``. ``window`` counts the
-keys a query sees, itself included (0: all). ``softcap`` bounds the scores by ``c tanh(s / c)`` (Gemma 2; 0: off).
+Grouped heads as in GQA (Ainslie et al., 2023): query head ``h`` reads XX bounds the scores by ``c tanh(s / c)`` (Gemma 2; 0: off).
 ``sinks`` (H,) adds one logit per head to the softmax's denominator (gpt-oss).
 """
 
@@ -27,7 +26,7 @@ def _attend(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """Returns (B, T, H, D')."""
+    """Returns (B, T, H, D'); zeros for a query that sees no key."""
     groups = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(groups, dim=1)
     v = v.repeat_interleave(groups, dim=1)
@@ -39,29 +38,53 @@ def _attend(
         column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]
     else:
-        weights = scores.softmax(-1)
+        weights = scores.softmax(-1).masked_fill(~visible, 0.0)  # NaN where a query sees nothing
     return (weights.to(v.dtype) @ v).transpose(1, 2).contiguous()
 
 
 def _visible(query: Tensor, key: Tensor, causal: bool, window: int) -> Tensor:
     """``query`` (..., T, 1) and ``key`` (..., 1, S) positions; true where the query may look."""
-    seen = key <= query if causal else torch.ones_like(key <= query)
-    return seen & (key > query - window) if window else seen
+    ahead = key - query
+    seen = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
+    return seen & (ahead.abs() < window) if window else seen
 
 
 @torch.library.custom_op("ryzen::attention", mutates_args=())
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    causal: bool,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of a whole sequence to itself: ``q`` (B, H, T, D), ``k`` (B, K, T, D), ``v`` (B, K, T, D'), H a
-    multiple of K; returns (B, T, H, D')."""
+    multiple of K; returns (B, T, H, D').
+
+    ``mask`` (B, T), of integers or bool, is zero where a key is padding, which no query sees; one that sees no key at
+    all, padding itself in a window of padding, gets zeros.
+    """
     at = torch.arange(q.shape[2], device=q.device)
-    return _attend(q, k, v, _visible(at[:, None], at[None, :], causal, window), sinks, scale, softcap)
+    visible = _visible(at[:, None], at[None, :], causal, window)
+    if mask is not None:
+        visible = visible & (mask != 0)[:, None, None, :]
+    return _attend(q, k, v, visible, sinks, scale, softcap)
 
 
 @attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    causal: bool,
+    mask: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 

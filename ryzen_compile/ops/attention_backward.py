@@ -27,10 +27,11 @@ def attention_backward(
     window: int,
     softcap: float,
     causal: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``grad`` and ``out`` (B, T, H, D') of ``attention`` for ``q`` (B, H, T, D), ``k`` (B, K, T, D), ``v``
     (B, K, T, D') and ``sinks`` (H,) or none; returns the gradients of these four, (0,) where there are no sinks.
-    ``k`` and ``v`` have the sum over the query heads of their group."""
+    ``k`` and ``v`` have the sum over the query heads of their group; ``mask`` has none."""
     groups, at = q.shape[1] // k.shape[1], torch.arange(q.shape[2], device=q.device)
     queries, keys, values = wide(q), *(wide(x).repeat_interleave(groups, dim=1) for x in (k, v))
     grads, outs = (wide(x).transpose(1, 2) for x in (grad, out))
@@ -40,7 +41,9 @@ def attention_backward(
         bound = torch.tanh(scores / softcap)
         scores, slope = softcap * bound, slope * (1 - bound.square())
     ahead = at[None, :] - at[:, None]  # (T, T): from a query to a key
-    hidden = (ahead > 0) & causal | ((ahead <= -window) if window else torch.zeros_like(ahead, dtype=torch.bool))
+    hidden = (ahead > 0) & causal | ((ahead.abs() >= window) if window else torch.zeros_like(ahead, dtype=torch.bool))
+    if mask is not None:
+        hidden = hidden | (mask == 0)[:, None, None, :]
     size = scores.masked_fill_(hidden, float("-inf")).logsumexp(-1, keepdim=True)  # (B, H, T, 1)
     delta = (grads * outs).sum(-1, keepdim=True)
     dsinks = q.new_empty(0)
@@ -48,7 +51,7 @@ def attention_backward(
         column = sinks.to(scores.dtype).view(1, -1, 1, 1)
         size = torch.logaddexp(size, column)
         dsinks = -((column - size).exp() * delta).sum((0, 2, 3)).to(sinks.dtype)
-    weights = (scores - size).exp()
+    weights = (scores - size).exp().masked_fill(hidden, 0.0)  # NaN where a query sees nothing
     pulls = weights * (grads @ values.transpose(-1, -2) - delta) * slope
     dk, dv = pulls.transpose(-1, -2) @ queries, weights.transpose(-1, -2) @ grads
     dk, dv = (x.unflatten(1, (k.shape[1], groups)).sum(2) for x in (dk, dv))
@@ -67,20 +70,21 @@ def _(
     window: int,
     softcap: float,
     causal: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, sinks, *ctx.form = inputs
-    ctx.save_for_backward(q, k, v, output, sinks)
+    q, k, v, sinks, *ctx.form, mask = inputs
+    ctx.save_for_backward(q, k, v, output, sinks, mask)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, sinks = ctx.saved_tensors
-    dq, dk, dv, dsinks = attention_backward(grad, *tensors, sinks, *ctx.form)
-    return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None
+    *tensors, sinks, mask = ctx.saved_tensors
+    dq, dk, dv, dsinks = attention_backward(grad, *tensors, sinks, *ctx.form, mask)
+    return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None, None
 
 
 attention.register_autograd(_differentiate, setup_context=_keep)
