@@ -124,7 +124,7 @@ def trace(
 def _export(wrapped: Wrapped, inputs: Mapping[str, Tensor], context: int) -> ExportedProgram:
     # A table or mask of the context's size bounds the tokens; at exactly that size its slice is a case of its own.
     batch, tokens = Dim("batch"), Dim("tokens", max=max(context - 1, 8))
-    dynamic = dict.fromkeys(inputs, {0: batch, 1: tokens})
+    dynamic = {name: {0: batch, 1: tokens} for name in inputs}
     try:
         with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             wrapped(**inputs)  # reads the masks with real tensors before anything is traced
@@ -201,7 +201,7 @@ def _configs(model: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Mask:
-    """What a model's attention is handed as its mask. ``padding`` (B, T) bool is the user's, true where a key counts."""
+    """What a model's attention is handed as its mask; ``padding`` (B, T) is true where a key is a token."""
 
     spec: MaskSpec
     padding: Tensor | None

@@ -59,7 +59,7 @@ def _captured(model: nn.Module, pooling: Pooling, limit: int) -> Program:
 
 
 def _traced(model: nn.Module, pooling: Pooling, limit: int, *, interface: bool) -> Program:
-    ids, mask = (x[:, : TRACED[1]] for x in padded_texts(3, TRACED[1]))
+    ids, mask = padded_texts(2, TRACED[1])
     inputs = {"input_ids": ids, "attention_mask": mask}
     exported, provenance = trace(_Encoder(model, pooling), inputs, limit, interface=interface)
     return Program(exported, _read_spec(model, exported, pooling, limit), provenance=provenance)
@@ -73,10 +73,12 @@ def _agrees(model: nn.Module, program: Program) -> bool:
 
 
 def padded_texts(vocab: int, tokens: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random ids (2, ``tokens``) and their mask: one text fills its row, the other leaves a third of it to padding."""
-    ids = torch.randint(vocab, (2, tokens), generator=torch.Generator().manual_seed(seed))
+    """Random ids (3, ``tokens``) and their mask: one text fills its row, the others leave a third of it to padding,
+    behind one of them and in front of the other."""
+    ids = torch.randint(vocab, (3, tokens), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     mask[1, tokens - tokens // 3 :] = 0
+    mask[2, : tokens // 3] = 0
     return ids, mask
 
 

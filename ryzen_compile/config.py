@@ -39,7 +39,8 @@ class WeightQuantization(BaseModel):
     tensor, by measured sensitivity. ``head_bits`` is for the output head and a table tied to it. ``overrides`` maps
     regular expressions over weight names to formats; the last that matches wins. ``accuracy_level`` 4 lets the product
     round activations to 8 bits per block, 0 keeps them in float32. ``max_kl`` is the parity gate's budget: mean KL
-    divergence to the captured model, in nats per token.
+    divergence to the captured model, in nats per token; for an encoder it is ``max_cosine``, the mean of 1 - cosine to
+    the captured model's vectors.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +55,7 @@ class WeightQuantization(BaseModel):
     overrides: Mapping[str, TensorFormat] = Field(default_factory=dict)
     accuracy_level: Literal[0, 4] = 4
     max_kl: float = Field(default=0.5, gt=0)
+    max_cosine: float = Field(default=0.02, gt=0, le=1)
 
     @field_validator("fallback")
     @classmethod
@@ -206,7 +208,7 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(
         name="int8",
         description="8-bit weights in blocks of 128, calibrated",
-        weights=WeightQuantization(bits=8, max_kl=0.05),
+        weights=WeightQuantization(bits=8, max_kl=0.05, max_cosine=0.005),
     ),
     Recipe(
         name="int4-fast",

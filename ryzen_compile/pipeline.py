@@ -31,13 +31,11 @@ from ryzen_compile.passes.quantize_kv_cache import QuantizeKVCache
 from ryzen_compile.passes.quantize_weights import QuantizeWeights
 from ryzen_compile.passes.recognize_activation import RecognizeActivation
 from ryzen_compile.program import Program
-from ryzen_compile.report import PassRecord, Report, Status
+from ryzen_compile.report import Loss, PassRecord, Report, Status
 from ryzen_compile.verify import verify
 
 # Hears of every pass: its record, and the Program before and after it.
 Observer = Callable[[PassRecord, Program, Program], None]
-
-LATE_ALLOWANCE = 2.0  # times a lossy pass's budget in the last quarter: fewer tokens are counted there
 
 
 def default_passes(
@@ -79,6 +77,26 @@ def default_passes(
     )
 
 
+def encoder_passes(
+    recipe: Recipe, *, calibration: Tensor | None = None, given: Mapping[str, BlockTensor] | None = None
+) -> tuple[Pass, ...]:
+    """The passes of a recipe for an encoder: those of ``default_passes``, in its order, that need neither positions
+    from outside nor a cache nor a head. ``calibration`` and ``given`` are as there."""
+    weights = recipe.weights
+    quantize = () if weights is None else (QuantizeWeights(weights, calibration=calibration, given=given),)
+    return (
+        Canonicalize(),
+        RecognizeActivation(),
+        FuseNorm(),
+        FuseAddNorm(),
+        FuseAttention(),
+        MergeLinear(),
+        FuseLinear(),
+        *quantize,
+        EliminateDead(),
+    )
+
+
 class Gate(Protocol):
     """Decides whether a rewritten Program still is the captured model."""
 
@@ -87,9 +105,8 @@ class Gate(Protocol):
     def measure(self, program: Program) -> tuple[float, float, bool]:
         """(rmse to float64, largest error to float32, whether both are within the budget of an exact pass)."""
 
-    def measure_loss(self, program: Program) -> tuple[float, float, float]:
-        """(mean KL divergence to the reference, the same over the last quarter of a sequence, share of tokens whose
-        most likely successor stays)."""
+    def judge(self, program: Program, pass_: Pass) -> Loss:
+        """What the lossy ``pass_`` lost by making ``program``, held to its budget."""
 
     def rebase(self, program: Program) -> None:
         """Makes ``program`` what later passes are measured against."""
@@ -157,7 +174,10 @@ def _run_one(
         record = _record(pass_, "applied", program, result, seconds, max_error, rmse)
         return result.program, record
     where = gate.moved(program, result.program)
-    detail = f"logits moved by {max_error:.2e} (rmse {rmse:.2e}, reference {gate.reference_rmse:.2e}), first in {where}"
+    moved = "logits" if program.spec.pooling is None else "vectors"
+    detail = (
+        f"{moved} moved by {max_error:.2e} (rmse {rmse:.2e}, reference {gate.reference_rmse:.2e}), first in {where}"
+    )
     if pass_.required:
         raise ParityError(f"pass {pass_.name}: {detail}", hint="this graph cannot be generated from with a cache")
     rolled = PassResult(program, (), result.misses)
@@ -169,22 +189,17 @@ def _accept_loss(
 ) -> tuple[Program, PassRecord]:
     """A lossy pass within its budget becomes the reference of those after it; one beyond it is not what was asked."""
     with _blamed_on(pass_, before):
-        kl, late, top1 = gate.measure_loss(result.program)
-        within = kl <= pass_.max_kl and late <= LATE_ALLOWANCE * pass_.max_kl  # false for NaN too
-        if within:
+        loss = gate.judge(result.program, pass_)
+        if loss.within:
             gate.rebase(result.program)
-    if within:
-        record = _record(pass_, "applied", program, result, seconds)
-        return result.program, replace(record, kl=kl, late_kl=late, top1=top1)
-    detail = (
-        f"mean KL divergence {kl:.3g} nats per token, {late:.3g} in the last quarter of a sequence, "
-        f"{pass_.max_kl:g} is allowed; top-1 agreement {top1:.1%}"
-    )
+    figures = {"kl": loss.kl, "late_kl": loss.late_kl, "top1": loss.top1, "cosine": loss.cosine}
+    if loss.within:
+        return result.program, replace(_record(pass_, "applied", program, result, seconds), **figures)
     if pass_.required:
-        raise ParityError(f"pass {pass_.name}: {detail}", hint="more bits, smaller blocks, calibration on such text")
+        raise ParityError(f"pass {pass_.name}: {loss.text}", hint="more bits, smaller blocks, calibration on such text")
     rolled = PassResult(program, (), result.misses)
-    record = _record(pass_, "rolled back", program, rolled, seconds, detail=detail)
-    return program, replace(record, kl=kl, late_kl=late, top1=top1)
+    record = _record(pass_, "rolled back", program, rolled, seconds, detail=loss.text)
+    return program, replace(record, **figures)
 
 
 @contextmanager

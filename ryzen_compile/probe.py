@@ -21,19 +21,22 @@ aten = torch.ops.aten
 class Probe:
     """Knows which values depend on the tokens and which only on their positions or number.
 
-    ``of_tokens`` are the nodes computed from token ids; ``of_positions`` those computed from ``position_ids`` or from
-    the number of tokens alone: rotary angles, masks, position embeddings.
+    ``of_tokens`` are the nodes computed from token ids; ``of_padding`` those computed from an encoder's padding and not
+    from ids; ``of_positions`` those computed from ``position_ids`` or from the number of tokens alone: rotary angles,
+    masks, position embeddings.
     """
 
     def __init__(self, program: Program) -> None:
         self._program = program
         self.ids = program.inputs[0]
         self.positions = program.input("position_ids")
+        self.padding = program.input("attention_mask")
         self.order = {node: i for i, node in enumerate(program.graph.nodes)}
         self.of_tokens = self._reached([self.ids], through_sizes=False)
         sizes = [n for n in program.graph.nodes if is_call(n, aten.sym_size)]
         roots = [*sizes, *([self.positions] if self.positions else [])]
-        self.of_positions = self._reached(roots, through_sizes=True) - self.of_tokens - set(roots)
+        self.of_padding = self._reached([self.padding] if self.padding else [], through_sizes=False) - self.of_tokens
+        self.of_positions = self._reached(roots, through_sizes=True) - self.of_tokens - self.of_padding - set(roots)
 
     def _reached(self, roots: Iterable[fx.Node], *, through_sizes: bool) -> set[fx.Node]:
         found = set(roots)
@@ -46,12 +49,15 @@ class Probe:
     def evaluate(self, target: fx.Node, feeds: Mapping[fx.Node, Tensor], tokens: int, batch: int = 1) -> Tensor:
         """The value of ``target`` when the nodes in ``feeds`` have the given values.
 
-        Token ids are zeros (``batch``, ``tokens``) and positions count from zero, unless fed. Weights are the model's.
+        Token ids are zeros (``batch``, ``tokens``), positions count from zero and nothing is padding, unless fed.
+        Weights are the model's.
         """
         values: dict[fx.Node, object] = dict(feeds)
         values.setdefault(self.ids, torch.zeros((batch, tokens), dtype=torch.long))
         if self.positions is not None:
             values.setdefault(self.positions, torch.arange(tokens).repeat(batch, 1))
+        if self.padding is not None:
+            values.setdefault(self.padding, torch.ones((batch, tokens), dtype=torch.long))
         (result,) = interpret(self._program, values, [target])
         if not isinstance(result, Tensor):
             raise TypeError(f"{target.name} is not a tensor")

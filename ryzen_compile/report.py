@@ -15,11 +15,24 @@ Status = Literal["applied", "unchanged", "rolled back", "unsupported"]
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What a lossy pass lost, in the figures of its record; ``text`` says them, with what is allowed."""
+
+    within: bool
+    text: str
+    kl: float | None = None
+    late_kl: float | None = None
+    top1: float | None = None
+    cosine: float | None = None
+
+
+@dataclass(frozen=True)
 class PassRecord:
     """One pass. ``rmse`` is the distance of the logits from the float64 model, ``max_error`` the largest one from the
     captured model in float32; both are none where the gate did not run. A lossy pass has ``kl`` (mean, nats per token),
     ``late_kl`` (over the last quarter of a sequence: more than ``kl`` is drift) and ``top1`` (share of tokens whose
-    most likely successor stays) instead."""
+    most likely successor stays) instead; that of an encoder has ``cosine``, the mean of 1 - cosine to the vectors
+    before it."""
 
     name: str
     promise: str
@@ -36,12 +49,15 @@ class PassRecord:
     kl: float | None = None
     late_kl: float | None = None
     top1: float | None = None
+    cosine: float | None = None
 
     @property
     def moved(self) -> str:
         """How far the logits moved, as the tables show it."""
         if self.kl is not None:
             return f"KL {self.kl:.1e}"
+        if self.cosine is not None:
+            return f"cos {self.cosine:.1e}"
         return "" if self.max_error is None else f"{self.max_error:.1e}"
 
     @property

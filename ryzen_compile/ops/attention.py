@@ -1,7 +1,9 @@
 """Scaled dot-product attention with grouped heads, over a whole sequence and over a cache.
 
-Grouped heads as in GQA (Ainslie et al., 2023): query head ``h`` reads XX bounds the scores by ``c tanh(s / c)`` (Gemma 2; 0: off).
-``sinks`` (H,) adds one logit per head to the softmax's denominator (gpt-oss).
+Grouped heads as in GQA (Ainslie et al., 2023): query head ``h`` reads kv head ``h // (H / K)``. A ``window`` bounds how
+far a query sees: keys less than ``window`` positions away, itself included, and where it is not causal so to both sides
+(0: all). ``softcap`` bounds the scores by ``c tanh(s / c)`` (Gemma 2; 0: off). ``sinks`` (H,) adds one logit per head
+to the softmax's denominator (gpt-oss).
 """
 
 from __future__ import annotations

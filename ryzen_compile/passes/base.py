@@ -56,6 +56,7 @@ class Pass(ABC):
     name: ClassVar[str]
     promise: ClassVar[Promise] = "exact"
     max_kl: float = 0.0  # a lossy pass's budget: mean KL divergence to the model before it, nats per token
+    max_cosine: float = 0.0  # the same for an encoder: mean of 1 - cosine to the vectors before it
     produces: ClassVar[frozenset[str]] = frozenset()
     required: ClassVar[bool] = False  # without it nothing can run: a failure is an error
     works_on: ClassVar[str] = "such operator"  # what a required pass rewrites, in words

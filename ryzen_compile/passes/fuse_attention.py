@@ -6,13 +6,15 @@ and ``softmax(f(Q Kᵀ)) V`` spelled out. The last two carry their mask and scal
     f(s) = scale s                         or   softcap tanh(scale s / softcap)      where visible
     f(s) = a very negative number                                                    where hidden
 
-is read off numerically, however it was built, and the hidden entries are read as a :class:`MaskSpec`. Keys and values
-that merely repeat each kv head for its query heads are taken before the repetition.
+is read off numerically, however it was built, and the hidden entries are read as a :class:`MaskSpec`; where padding
+hides keys besides, it becomes the mask of the node. Keys and values that merely repeat each kv head for its
+query heads are taken before the repetition.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,10 +54,11 @@ class Match:
     mask: MaskSpec
     heads_first: bool
     k_order: tuple[int, ...] = (0, 1, 2, 3)
+    padding: fx.Node | None = None
 
 
 class FuseAttention(RewritePass[Match]):
-    """``softmax(mask(scale Q Kᵀ)) V``  ->  ``attention(q, k, v, scale, window, softcap, causal)``."""
+    """``softmax(mask(scale Q Kᵀ)) V``  ->  ``attention(q, k, v, scale, window, softcap, causal, padding)``."""
 
     name: ClassVar[str] = "fuse_attention"
     produces: ClassVar[frozenset[str]] = frozenset({"ryzen::attention"})
@@ -76,9 +79,9 @@ class FuseAttention(RewritePass[Match]):
         k = m.k
         if m.k_order != (0, 1, 2, 3):
             k = edit.call(aten.permute.default, k, list(m.k_order), before=m.out)
-        out = edit.call(
-            ops.attention, m.q, k, m.v, m.sinks, m.scale, m.mask.window, m.softcap, m.mask.causal, before=m.out
-        )
+        padding = () if m.padding is None else (m.padding,)
+        form = m.scale, m.mask.window, m.softcap, m.mask.causal, *padding
+        out = edit.call(ops.attention, m.q, k, m.v, m.sinks, *form, before=m.out)
         if m.heads_first:
             for reader in list(m.out.users):
                 if is_call(reader, aten.permute) and list(reader.args[1]) == [0, 2, 1, 3]:
@@ -88,11 +91,12 @@ class FuseAttention(RewritePass[Match]):
 
 
 def _match_captured(node: fx.Node, probe: Probe) -> Match | NoMatch:
-    q, k, v, sinks, scale, window, softcap, causal = node.args
+    q, k, v, sinks, scale, window, softcap, causal, *padding = node.args
     plain_k, plain_v = _unrepeated(k, probe), _unrepeated(v, probe)
     if plain_k is k or plain_v is v:
         return NoMatch("already one node, keys and values are not repeated", node)
-    return Match(node, q, plain_k, plain_v, sinks, scale, softcap, MaskSpec(causal, window), heads_first=False)
+    spec, mask = MaskSpec(causal, window), padding[0] if padding else None
+    return Match(node, q, plain_k, plain_v, sinks, scale, softcap, spec, heads_first=False, padding=mask)
 
 
 def _match_sdpa(node: fx.Node, probe: Probe, context: int) -> Match | NoMatch:
@@ -103,9 +107,9 @@ def _match_sdpa(node: fx.Node, probe: Probe, context: int) -> Match | NoMatch:
         return NoMatch("drops out weights", node)
     if len(shape(q)) != 4:
         return NoMatch(f"queries are {shape(q)}, expected (B, H, T, D)", q)
-    spec = MaskSpec(causal=bool(given.get("is_causal", False)))
+    spec, padding = MaskSpec(causal=bool(given.get("is_causal", False))), None
     if isinstance(mask, fx.Node):
-        if mask not in probe.of_positions:
+        if mask not in probe.of_positions | probe.of_padding:
             return NoMatch("the mask depends on the tokens", mask)
         n = min(MASK_ROWS, context)
         value = probe.evaluate(mask, {}, n)
@@ -113,10 +117,16 @@ def _match_sdpa(node: fx.Node, probe: Probe, context: int) -> Match | NoMatch:
         if value.dtype != torch.bool and value[visible].any():
             return NoMatch("the mask adds a bias to visible scores", mask)
         spec = _read_rows(visible, n)
+        if probe.padding is not None and mask in probe.of_padding:
+            padded = probe.evaluate(mask, {probe.padding: _some_padding(n)}, n)
+            hides = _hides_padding(visible, padded if padded.dtype == torch.bool else padded > HIDDEN)
+            if hides is None:
+                return NoMatch("padding changes the mask in another way than by hiding keys", mask)
+            padding = probe.padding if hides else None
     scale = given.get("scale")
     scale = 1.0 / math.sqrt(int(shape(q)[3])) if scale is None else float(scale)
     k, v = _both_unrepeated(k, v, probe)
-    return Match(node, q, k, v, None, scale, 0.0, spec, heads_first=True)
+    return Match(node, q, k, v, None, scale, 0.0, spec, heads_first=True, padding=padding)
 
 
 def _match_softmax(node: fx.Node, probe: Probe, context: int) -> Match | NoMatch | None:
@@ -141,28 +151,35 @@ def _match_softmax(node: fx.Node, probe: Probe, context: int) -> Match | NoMatch
     read = _read_scores(scores, product, probe, min(MASK_ROWS, context))
     if isinstance(read, NoMatch):
         return read
-    scale, softcap, spec = read
+    scale, softcap, spec, padding = read
     (k, order), v = turned.args, out.args[1]
     straight = tuple(order[d] for d in (0, 1, 3, 2))
     if straight == (0, 1, 2, 3):
         k, v = _both_unrepeated(k, v, probe)
-    return Match(out, q, k, v, None, scale, softcap, spec, True, straight)
+    return Match(out, q, k, v, None, scale, softcap, spec, True, straight, padding)
 
 
-def _read_scores(scores: fx.Node, product: fx.Node, probe: Probe, n: int) -> tuple[float, float, MaskSpec] | NoMatch:
-    """Feeds constant products to the piece of graph between ``Q Kᵀ`` and the softmax."""
+def _read_scores(
+    scores: fx.Node, product: fx.Node, probe: Probe, n: int
+) -> tuple[float, float, MaskSpec, fx.Node | None] | NoMatch:
+    """Feeds constant products to the piece of graph between ``Q Kᵀ`` and the softmax; returns what it does to a score,
+    what it hides, and the padding if that hides keys, too."""
     heads = int(shape(product)[1])
 
-    def response(value: float) -> Tensor:
-        return probe.evaluate(scores, {product: torch.full((1, heads, n, n), value)}, n) if scores is not product else (
-            torch.full((1, heads, n, n), value)
-        )  # fmt: skip
+    def response(value: float, more: Mapping[fx.Node, Tensor] | None = None) -> Tensor:
+        fed = torch.full((1, heads, n, n), value)
+        return fed if scores is product else probe.evaluate(scores, {product: fed, **(more or {})}, n)
 
     at_zero = response(0.0)
     visible = (at_zero > HIDDEN).expand(1, heads, n, n)
     if at_zero.expand_as(visible)[visible].any():
         return NoMatch("something is added to visible scores (a bias, or ALiBi)", scores)
-    spec = _read_rows(visible, n)
+    spec, padding = _read_rows(visible, n), None
+    if probe.padding is not None:
+        hides = _hides_padding(visible, (response(0.0, {probe.padding: _some_padding(n)}) > HIDDEN).expand_as(visible))
+        if hides is None:
+            return NoMatch("padding changes the scores in another way than by hiding keys", scores)
+        padding = probe.padding if hides else None
 
     def at(value: float) -> float:
         seen = response(value).expand_as(visible)[visible]
@@ -174,7 +191,26 @@ def _read_scores(scores: fx.Node, product: fx.Node, probe: Probe, n: int) -> tup
         expected = softcap * math.tanh(scale * value / softcap) if softcap else scale * value
         if not math.isclose(at(value), expected, rel_tol=1e-4, abs_tol=1e-5):
             return NoMatch(f"a score of {value} becomes {at(value):.6g}: neither scaled nor soft-capped", scores)
-    return scale, softcap, spec
+    return scale, softcap, spec, padding
+
+
+def _some_padding(n: int) -> Tensor:
+    """(1, n) with tokens at both ends and among the padding between."""
+    mask = torch.ones((1, n), dtype=torch.long)
+    mask[:, n // 3 : n // 2] = 0
+    mask[:, n - n // 4 : n - 1] = 0
+    return mask
+
+
+def _hides_padding(visible: Tensor, padded: Tensor) -> bool | None:
+    """Whether ``padded``, the ``visible`` entries under ``_some_padding``, lacks the padded keys; None if it is neither
+    that nor the same. What padding itself sees is nobody's concern."""
+    n = visible.shape[-1]
+    mask = _some_padding(n).bool()
+    ours, theirs = (x.expand(*x.shape[:-2], n, n)[..., mask[0], :] for x in (visible, padded))
+    if torch.equal(ours & mask, theirs):
+        return True
+    return False if torch.equal(ours, theirs) else None
 
 
 def _read_rows(visible: Tensor, n: int) -> MaskSpec:

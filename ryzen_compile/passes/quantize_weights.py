@@ -64,7 +64,7 @@ class QuantizeWeights(Pass):
         given: Mapping[str, BlockTensor] | None = None,
     ) -> None:
         self.settings = settings
-        self.max_kl = settings.max_kl
+        self.max_kl, self.max_cosine = settings.max_kl, settings.max_cosine
         self._calibration = calibration
         self._given = given or {}
 
