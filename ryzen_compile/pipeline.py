@@ -30,6 +30,7 @@ from ryzen_compile.passes.prune_logits import PruneLogits
 from ryzen_compile.passes.quantize_kv_cache import QuantizeKVCache
 from ryzen_compile.passes.quantize_weights import QuantizeWeights
 from ryzen_compile.passes.recognize_activation import RecognizeActivation
+from ryzen_compile.passes.smooth_activations import SmoothActivations
 from ryzen_compile.program import Program
 from ryzen_compile.report import Loss, PassRecord, Report, Status
 from ryzen_compile.verify import verify
@@ -83,7 +84,11 @@ def encoder_passes(
     """The passes of a recipe for an encoder: those of ``default_passes``, in its order, that need neither positions
     from outside nor a cache nor a head. ``calibration`` and ``given`` are as there."""
     weights = recipe.weights
-    quantize = () if weights is None else (QuantizeWeights(weights, calibration=calibration, given=given),)
+    quantize: tuple[Pass, ...] = ()
+    if weights is not None:
+        quantize = (QuantizeWeights(weights, calibration=calibration, given=given),)
+        if weights.accuracy_level and not given:  # before weights are rounded, where activations are, too
+            quantize = (SmoothActivations(calibration), *quantize)
     return (
         Canonicalize(),
         RecognizeActivation(),

@@ -13,6 +13,7 @@ from ryzen_compile.errors import UsageError
 
 if TYPE_CHECKING:  # a Program needs torch, and a session ONNX Runtime: each is imported by the method that uses it
     from ryzen_compile.backends.onnxruntime.emit import LoweringOptions
+    from ryzen_compile.backends.onnxruntime.encoder_session import OrtEncoder
     from ryzen_compile.backends.onnxruntime.session import OrtEngine, SessionOptions
     from ryzen_compile.program import Program
 
@@ -67,7 +68,7 @@ class OnnxRuntimeBackend:
         directory: Path | None = None,
         options: SessionOptions | None = None,
         lowering: LoweringOptions | None = None,
-    ) -> OrtEngine:
+    ) -> OrtEngine | OrtEncoder:
         """Writes the model into ``directory`` and opens it there.
 
         Without a directory the files live in a temporary one for as long as the engine does. Raises as ``write`` does.
@@ -85,11 +86,18 @@ class OnnxRuntimeBackend:
         engine.keep(temporary)
         return engine
 
-    def open(self, directory: Path, program: Program, options: SessionOptions | None = None) -> OrtEngine:
+    def open(self, directory: Path, program: Program, options: SessionOptions | None = None) -> OrtEngine | OrtEncoder:
         """The engine over what ``write`` left in ``directory``."""
-        from ryzen_compile.backends.onnxruntime import lowering, session
+        from ryzen_compile.backends.onnxruntime import encoder_session, lowering, session
 
         prefill = directory / PREFILL_NAME
+        if program.spec.pooling is not None:
+            return encoder_session.OrtEncoder(
+                directory / MODEL_NAME,
+                program.spec,
+                options or session.SessionOptions(),
+                prefill if prefill.exists() else None,
+            )
         return session.OrtEngine(
             directory / MODEL_NAME,
             program.spec,
@@ -101,19 +109,20 @@ class OnnxRuntimeBackend:
     def write(self, program: Program, directory: Path, options: LoweringOptions | None = None) -> Path:
         """Writes ``model.onnx`` and its data into the existing ``directory``; returns the model's path.
 
-        With ``options.wide_prompts`` also ``prefill.onnx``, the form for prompts; what both read is stored once. Raises
-        ``UsageError`` for a Program without a cache and ``UnsupportedError``, by node and module path, for what cannot
+        With ``options.wide_prompts``, and for an encoder with integer weights, also ``prefill.onnx``, the form for many
+        rows; what both read is stored once. Raises ``UsageError`` for a decoder without a cache and ``UnsupportedError``, by node and module path, for what cannot
         be lowered.
         """
         from ryzen_compile.backends.onnxruntime import lowering
         from ryzen_compile.backends.onnxruntime.emit import LoweringOptions
         from ryzen_compile.backends.onnxruntime.weights_file import WeightsFiles
 
-        if not program.slots:
+        encodes = program.spec.pooling is not None
+        if not program.slots and not encodes:
             raise UsageError("the Program has no key/value cache", hint="run insert_kv_cache first")
         options = options or LoweringOptions()
         files = WeightsFiles(directory)
         path = files.write(lowering.lower(program, replace(options, wide_prompts=False)), MODEL_NAME)
-        if options.wide_prompts:
-            files.write(lowering.lower(program, options), PREFILL_NAME)
+        if options.wide_prompts or (encodes and "ryzen.linear_nbits" in program.ops()):
+            files.write(lowering.lower(program, replace(options, wide_prompts=True)), PREFILL_NAME)
         return path

@@ -20,6 +20,7 @@ HEAD_MULTIPLE = 8
 ROLLING_MULTIPLE = {32: 8, 8: 16, 4: 32}  # by the bits of a channel, where the operator drops old rows by itself
 ROTARY_HEAD_MULTIPLE = 16
 ROTARY_TABLE_MULTIPLE = 8
+HIDDEN = -1e30  # added to a score that padding hides: low enough for any scores, high enough to stay finite
 CACHE_FORMATS = ("fp32", "int8", "int4")
 
 
@@ -35,17 +36,36 @@ def attention(
     k: ir.Value,
     v: ir.Value,
     sinks: ir.Value | None,
+    mask: ir.Value | None,
     *,
     scale: float,
     window: int,
     softcap: float,
     causal: bool,
 ) -> tuple[ir.Value, ...]:
-    """A whole sequence attending to itself: a model-local function, for Programs without a cache."""
-    kv_heads = _dim(k, 1)
-    variant = (kv_heads, _dim(q, 1) // kv_heads, scale, window, softcap, bool(causal))
-    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
-    return e.call("Attention", (*variant, len(inputs)), full_attention(*variant), inputs)
+    """A whole sequence attending to itself, for Programs without a cache: ONNX Runtime's MultiHeadAttention where it
+    can say it, else a model-local function."""
+    kv_heads, heads = _dim(k, 1), _dim(q, 1)
+    if not (causal or window or softcap) and sinks is None and heads == kv_heads:
+        return (_multi_head(e, q, k, v, mask, heads, scale),)
+    variant = (kv_heads, heads // kv_heads, scale, window, softcap, bool(causal), mask is not None)
+    inputs = (q, k, v, *(x for x in (mask, sinks) if x is not None))
+    return e.call("Attention", (*variant, sinks is not None), full_attention(*variant), inputs)
+
+
+def _multi_head(
+    e: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, heads: int, scale: float
+) -> ir.Value:
+    kept = None if mask is None else e.once(("kept", mask), lambda: e.op("Cast", mask, to=ir.DataType.INT32))
+    inputs = (_tokens_first(e, q), _tokens_first(e, k), _tokens_first(e, v), None, kept)
+    attributes = {"num_heads": heads, "scale": scale, "mask_filter_value": HIDDEN}
+    out = e.op("MultiHeadAttention", *inputs, domain=CONTRIB, **attributes)
+    return e.op("Reshape", out, e.ints(0, 0, heads, -1))
+
+
+def _tokens_first(e: Emitter, x: ir.Value) -> ir.Value:
+    """``x`` (B, H, T, D) as (B, T, H D); where it was made of that, both turns cancel out afterwards."""
+    return e.op("Reshape", e.op("Transpose", x, perm=[0, 2, 1, 3]), e.ints(0, 0, _dim(x, 1) * _dim(x, 3)))
 
 
 def rotary(

@@ -42,6 +42,7 @@ def simplify(model: ir.Model) -> None:
         common.IdentityEliminationPass(),
     ):
         change(model)
+    cancel_turns(model.graph)
     absorb_bias(model.graph)
 
 
@@ -69,7 +70,10 @@ def split_sequences(graph: ir.Graph) -> None:
                 continue
             old, new = user.outputs[0], split.outputs[int(index.numpy())]
             if new.shape is None:
-                new.name, new.type, new.shape, old.name = old.name, old.type, old.shape, None
+                new.name, new.type, old.name = old.name, old.type, None
+                part = list(node.inputs[0].shape)
+                part[axis] = sizes[int(index.numpy())]
+                new.shape = ir.Shape(part)
             convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
             graph.remove(user, safe=True)
         graph.remove(node, safe=True)
@@ -93,6 +97,49 @@ def fix_reshapes(graph: ir.Graph) -> None:
         reshape = ir.node("Reshape", [node.inputs[0], constant.outputs[0]])
         constant.meta["node"] = reshape.meta["node"] = node.meta.get("node")
         convenience.replace_nodes_and_values(graph, node, [node], [constant, reshape], node.outputs, reshape.outputs)
+
+
+def cancel_turns(graph: ir.Graph) -> None:
+    """A Transpose that undoes the one before it goes, and a Reshape of a Reshape or to the shape that is there."""
+    for node in list(graph):
+        if node.op_type == "Transpose":
+            inner = _made_by(node, "Transpose")
+            orders = [n.attributes["perm"].as_ints() for n in (node, inner) if n is not None and "perm" in n.attributes]
+            if inner is not None and len(orders) == 2 and [orders[1][i] for i in orders[0]] == sorted(orders[0]):
+                _let_readers_have(node.outputs[0], inner.inputs[0])
+        elif node.op_type == "Reshape" and (sizes := _sizes(node)) is not None:
+            inner = _made_by(node, "Reshape")
+            earlier = _sizes(inner) if inner is not None else None
+            kept = [i for i, size in enumerate(sizes) if size == 0]  # these dimensions are the input's
+            if inner is not None and earlier is not None and all(earlier[i : i + 1] == [0] for i in kept):
+                node.replace_input_with(0, inner.inputs[0])
+            source = node.inputs[0]
+            there = source.shape if source is not None else None
+            if (
+                there is not None
+                and len(there) == len(sizes)
+                and all(s in (0, d) for s, d in zip(sizes, there, strict=True))
+            ):
+                _let_readers_have(node.outputs[0], source)
+
+
+def _made_by(node: ir.Node, op_type: str) -> ir.Node | None:
+    """The node that makes the first input of ``node``, if it is an ``op_type``."""
+    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return producer if producer is not None and producer.op_type == op_type else None
+
+
+def _sizes(reshape: ir.Node) -> list[int] | None:
+    """A Reshape's constant sizes, in which 0 keeps a dimension; None where they are computed or 0 means empty."""
+    sizes = reshape.inputs[1]
+    if sizes is None or sizes.const_value is None or "allowzero" in reshape.attributes:
+        return None
+    return [int(size) for size in sizes.const_value.numpy().reshape(-1)]
+
+
+def _let_readers_have(old: ir.Value, new: ir.Value | None) -> None:
+    if new is not None and not old.is_graph_output():
+        convenience.replace_all_uses_with(old, new)
 
 
 def absorb_bias(graph: ir.Graph) -> None:

@@ -20,20 +20,26 @@ LOCAL = "ryzen"  # domain of our model-local functions, and of the dialect's nod
 class LoweringOptions:
     """``accuracy_level`` 4 lets products with integer weights round their activations to 8 bits per block, 0 keeps them
     in float32. ``wide_prompts`` expresses those products for many rows at once: 8-bit weights with a scale per output
-    channel, activations rounded to 8 bits row by row."""
+    channel, activations rounded to 8 bits row by row. ``many_rows`` is for graphs that never see a row alone, encoders:
+    a sum and its norm are two nodes there, because ONNX Runtime's fused one takes three times as long."""
 
     accuracy_level: int = 4
     wide_prompts: bool = False
+    many_rows: bool = False
 
 
 class Emitter:
-    """``nodes`` grows in order. ``initializers`` are weights made here, ``functions`` the bodies that nodes call."""
+    """``nodes`` grows in order. ``initializers`` are weights made here, ``functions`` the bodies that nodes call.
+
+    ``activated`` remembers which values are results of which activations: a product that rounds them does so better.
+    """
 
     def __init__(self, options: LoweringOptions | None = None) -> None:
         self.options = options or LoweringOptions()
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
         self.functions: dict[tuple[Any, ...], ir.Function] = {}
+        self.activated: dict[ir.Value, str] = {}
         self._shared: dict[tuple[Any, ...], Any] = {}
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:

@@ -47,15 +47,18 @@ def gated_act(act: str) -> Callable[[Emitter, ir.Value], tuple[ir.Value, ...]]:
 
 
 def full_attention(
-    kv_heads: int, groups: int, scale: float, window: int, softcap: float, causal: bool
+    kv_heads: int, groups: int, scale: float, window: int, softcap: float, causal: bool, masked: bool = False
 ) -> Callable[..., tuple[ir.Value, ...]]:
-    """``ryzen::attention`` in standard operators: q (B, H, T, D), k (B, K, T, D), v (B, K, T, D'), sinks (H,).
+    """``ryzen::attention`` in standard operators: q (B, H, T, D), k (B, K, T, D), v (B, K, T, D'), then mask (B, T) if
+    ``masked``, and sinks (H,) if there are any.
 
     The query heads of one kv head become a dimension of their own, (B, K, G, T, D), so keys and values are never
     repeated.
     """
 
-    def body(e: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, sinks: ir.Value | None = None) -> tuple[ir.Value, ...]:
+    def body(e: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, *more: ir.Value) -> tuple[ir.Value, ...]:
+        mask = more[0] if masked else None
+        sinks = next(iter(more[masked:]), None)
         tail = e.op("Shape", q, start=2)  # T, D
         batch = e.op("Shape", q, start=0, end=1)
         q = e.op("Reshape", q, e.op("Concat", batch, e.ints(kv_heads, groups), tail, axis=0))
@@ -64,7 +67,7 @@ def full_attention(
         if softcap:
             cap = e.constant(softcap)
             scores = e.op("Mul", e.op("Tanh", e.op("Div", scores, cap)), cap)
-        visible = _visible(e, q, window, causal)
+        visible = _visible(e, q, window, causal, mask)
         if visible is not None:
             scores = e.op("Where", visible, scores, e.constant(-np.inf))
         length = e.op("Shape", q, start=3, end=4)
@@ -75,6 +78,8 @@ def full_attention(
         weights = e.op("Softmax", scores, axis=-1)
         if sinks is not None:
             weights = e.op("Slice", weights, e.ints(0), e.ints(-1), e.ints(4))
+        if mask is not None and (window or causal):  # padding in a window of padding sees nothing: NaN until here
+            weights = e.op("Where", visible, weights, e.constant(0.0))
         out = e.op("MatMul", weights, e.op("Unsqueeze", v, e.ints(2)))
         out = e.op("Transpose", out, perm=[0, 3, 1, 2, 4])
         return (e.op("Reshape", out, e.ints(0, 0, kv_heads * groups, -1)),)
@@ -82,15 +87,21 @@ def full_attention(
     return body
 
 
-def _visible(e: Emitter, q: ir.Value, window: int, causal: bool) -> ir.Value | None:
-    """(T, T) bool: true where a query may look; None when it may look everywhere."""
-    if not (causal or window):
-        return None
-    length = e.op("Squeeze", e.op("Shape", q, start=3, end=4), e.ints(0))
-    key = e.op("Range", e.constant(0, np.int64), length, e.constant(1, np.int64))
-    query = e.op("Unsqueeze", key, e.ints(1))
-    visible = e.op("LessOrEqual", key, query) if causal else None
-    if window:
-        recent = e.op("Greater", key, e.op("Sub", query, e.constant(window, np.int64)))
-        visible = recent if visible is None else e.op("And", visible, recent)
+def _visible(e: Emitter, q: ir.Value, window: int, causal: bool, mask: ir.Value | None) -> ir.Value | None:
+    """Bool, for scores (B, K, G, T, T): true where a query may look; None when it may look everywhere."""
+    parts = []
+    if causal or window:
+        length = e.op("Squeeze", e.op("Shape", q, start=3, end=4), e.ints(0))
+        key = e.op("Range", e.constant(0, np.int64), length, e.constant(1, np.int64))
+        query = e.op("Unsqueeze", key, e.ints(1))
+        if causal:
+            parts.append(e.op("LessOrEqual", key, query))
+        if window:
+            apart = e.op("Abs", e.op("Sub", key, query))
+            parts.append(e.op("Less", apart, e.constant(window, np.int64)))
+    if mask is not None:
+        parts.append(e.op("Unsqueeze", e.op("Cast", mask, to=ir.DataType.BOOL), e.ints(1, 2, 3)))
+    visible = None
+    for part in parts:
+        visible = part if visible is None else e.op("And", visible, part)
     return visible

@@ -8,6 +8,8 @@ would with ``DynamicQuantizeLinear``, whose one scale spans all rows: chunks of 
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -18,6 +20,8 @@ from ryzen_compile.numerics.blockwise import BlockTensor, row_chunks
 Values = tuple[ir.Value, ...]
 ZERO = 128  # of the unsigned codes that rows are rounded to
 LARGEST = 127.0
+# The same for results of activations that are never far below 0: more codes are left for what is above.
+ZEROS = {"relu": 0, "relu2": 0, "sigmoid": 0, **dict.fromkeys(("gelu", "gelu_tanh", "silu", "quick_gelu"), 24)}
 
 
 def linear_nbits(
@@ -97,18 +101,29 @@ def _wide_product(
     weight, channel = e.once(  # a weight may be multiplied with in several places
         ("bytes", packed.name), lambda: _byte_weight(e, packed, scales, zeros, bits, block, width)
     )
-    step, codes = e.call("QuantizeRows", (), _quantize_rows, (x,), outputs=2)
-    one, zero = e.once(("one",), lambda: e.constant(1.0)), e.once(("zero",), lambda: e.constant(ZERO, np.uint8))
+    middle = ZEROS.get(e.activated.get(x, ""), ZERO) if e.options.many_rows else ZERO
+    step, codes = e.call("QuantizeRows", (middle,), partial(_quantize_rows, middle), (x,), outputs=2)
+    one, zero = (
+        e.once(("one",), lambda: e.constant(1.0)),
+        e.once(("zero", middle), lambda: e.constant(middle, np.uint8)),
+    )
     product = e.op("MatMulIntegerToFloat", codes, weight, one, channel, zero, domain=CONTRIB)
     return e.op("Mul", product, step)
 
 
-def _quantize_rows(e: Emitter, x: ir.Value) -> Values:
-    """(step (..., 1), codes (..., C) uint8): each row over its own largest magnitude; a row of zeros stays one."""
-    last = e.ints(-1)
-    most = e.op("Max", e.op("ReduceMax", x, last), e.op("Neg", e.op("ReduceMin", x, last)), e.constant(1e-30))
-    step = e.op("Mul", most, e.constant(1 / LARGEST))
-    return step, e.op("QuantizeLinear", e.op("Div", x, step), e.constant(1.0), e.constant(ZERO, np.uint8))
+def _quantize_rows(middle: int, e: Emitter, x: ir.Value) -> Values:
+    """(step (..., 1), codes (..., C) uint8): each row over its own extremes, 0 as ``middle``; a row of zeros stays
+    one."""
+    last, least = e.ints(-1), e.constant(1e-30)
+    most = e.op("ReduceMax", x, last)
+    if middle == ZERO:
+        most = e.op("Max", most, e.op("Neg", e.op("ReduceMin", x, last)), least)
+        step = e.op("Mul", most, e.constant(1 / LARGEST))
+    else:
+        above = e.op("Mul", most, e.constant(1 / (255 - middle)))
+        below = [e.op("Mul", e.op("ReduceMin", x, last), e.constant(-1 / middle))] if middle else []
+        step = e.op("Max", above, *below, least)
+    return step, e.op("QuantizeLinear", e.op("Div", x, step), e.constant(1.0), e.constant(middle, np.uint8))
 
 
 def _byte_weight(

@@ -45,6 +45,8 @@ def lower(program: Program, options: LoweringOptions = DEFAULTS) -> ir.Model:
         raise UsageError(
             f"{len(program.slots)} cache slots and {len(program.outputs)} outputs: expected logits and a pair per slot"
         )
+    if program.spec.pooling is not None:
+        options = replace(options, many_rows=True)
     model = _translate(program)
     cleanup.share_initializers(model.graph)
     _apply_rules(model, options)
@@ -187,7 +189,8 @@ def _name_interface(graph: ir.Graph, program: Program) -> None:
     """genai's names for inputs and outputs, words for the symbolic dimensions, and the padded cache heads."""
     for value, node in zip(graph.inputs, program.inputs, strict=True):
         value.name = re.sub(r"^past_key_values_(\d+)_(key|value)$", r"past_key_values.\1.\2", node.name)
-    names = ["logits"] + [f"present.{i}.{half}" for i in range(len(program.slots)) for half in ("key", "value")]
+    first = "logits" if program.spec.pooling is None else "sentence_embedding"
+    names = [first] + [f"present.{i}.{half}" for i in range(len(program.slots)) for half in ("key", "value")]
     for value, name in zip(graph.outputs, names, strict=False):
         value.name = name
     words = _dimension_words(graph)

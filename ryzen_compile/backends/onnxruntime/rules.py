@@ -29,7 +29,7 @@ def add_rms_norm(
     e: Emitter, x: ir.Value, residual: ir.Value, weight: ir.Value | None, *, eps: float, unit_offset: bool
 ) -> Values:
     scale = _scale(e, x, weight, unit_offset)
-    if _rank(x) not in SKIP_RANKS:
+    if e.options.many_rows or _rank(x) not in SKIP_RANKS:
         total = e.op("Add", x, residual)
         return _rms(e, total, scale, eps), total
     out = e.ops("SkipSimplifiedLayerNormalization", x, residual, scale, outputs=4, domain=CONTRIB, epsilon=eps)
@@ -44,7 +44,7 @@ def add_layer_norm(
     e: Emitter, x: ir.Value, residual: ir.Value, weight: ir.Value | None, bias: ir.Value | None, *, eps: float
 ) -> Values:
     scale = _scale(e, x, weight, False)
-    if _rank(x) not in SKIP_RANKS:
+    if e.options.many_rows or _rank(x) not in SKIP_RANKS:
         total = e.op("Add", x, residual)
         return _layer(e, total, scale, bias, eps), total
     out = e.ops("SkipLayerNormalization", x, residual, scale, bias, outputs=4, domain=CONTRIB, epsilon=eps)
@@ -60,7 +60,9 @@ def linear_act(e: Emitter, x: ir.Value, weight: ir.Value, bias: ir.Value | None,
 
 
 def activate(e: Emitter, x: ir.Value, *, act: str) -> Values:
-    return (activation(e, x, act),)
+    out = activation(e, x, act)
+    e.activated[out] = act
+    return (out,)
 
 
 def gated_linear(e: Emitter, x: ir.Value, weight: ir.Value, *, act: str) -> Values:

@@ -103,7 +103,7 @@ class OrtEngine:
         self._path, self._options, self._layers = path, options, layers
         self._main = BoundSession(path, spec, slots, options, layers)
         self.claims = self._main.claims
-        wanted = prefill is not None and "matmul" not in self.claims.whole and _sums_bytes_exactly()
+        wanted = prefill is not None and "matmul" not in self.claims.whole and sums_bytes_exactly()
         self._prefill = BoundSession(prefill, spec, slots, options) if prefill and wanted else None
         self._prefill_from = options.prefill_from
         self._directory: tempfile.TemporaryDirectory | None = None
@@ -216,7 +216,7 @@ class BoundSession:
     ) -> None:
         self._vocab = spec.vocab
         self._session: Any
-        self._session, self.claims, self._start = _open(path, options, slots, layers)
+        self._session, self.claims, self._start = open_session(path, options, slots, layers)
         self._binding = self._session.io_binding()
         known = {value.name for value in (*self._session.get_inputs(), *self._session.get_outputs())}
         used = len(slots) if layers is None else layers
@@ -320,7 +320,7 @@ class BoundSession:
         bind(name, "cpu", 0, array.dtype.type, array.shape, _pointer(array))
 
 
-def _sums_bytes_exactly() -> bool:
+def sums_bytes_exactly() -> bool:
     """Whether products of unsigned and signed bytes are summed without saturating: on x86, only with VNNI.
 
     Before it, pairs of products are added in 16 bits (``vpmaddubsw``), which two large ones overflow.
@@ -343,8 +343,8 @@ def _pointer(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _open(
-    path: Path, options: SessionOptions, slots: tuple[CacheSlot, ...], layers: int | None
+def open_session(
+    path: Path, options: SessionOptions, slots: tuple[CacheSlot, ...] = (), layers: int | None = None
 ) -> tuple[Any, ClaimReport, str]:
     """A session of the model at ``path`` or of its first ``layers``, over native operators if it may and can have them;
     and the input that says how many rows of logits there are, empty where there is none."""
