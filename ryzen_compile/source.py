@@ -139,10 +139,10 @@ def inspect(directory: str | Path, *, trust_remote_code: bool = False) -> Source
     if (directory / "adapter_config.json").exists():
         # transformers would follow its base_model_name_or_path, to the hub if need be
         raise ModelError(f"{shown_path(directory)} is a PEFT adapter", hint="merge it into its base model first")
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     if not trust_remote_code:
         refuse_code(directory)
-    _check_config(config)
+    check_config(config)
     quantization = find_quantization(config)
     tensors: dict[str, TensorEntry] = {}
     home: dict[str, str] = {}
@@ -186,9 +186,9 @@ def load_checkpoint(directory: str | Path, *, dtype: str = "float32", trust_remo
         model, blocks = _load_quantized(files, files.quantization, trust_remote_code)
     else:
         raise UsageError(f"dtype {shown(dtype)}: quantized weights are loaded as float32, which holds them exactly")
-    _check_ties(model)
+    check_ties(model)
     check_finite(model)
-    tokenizer = _load_tokenizer(files.directory, model, trust_remote_code)
+    tokenizer = load_tokenizer(files.directory, model, trust_remote_code)
     return LoadedModel(model.eval(), tokenizer, model.generation_config if model.can_generate() else None, blocks)
 
 
@@ -196,7 +196,7 @@ def _load_floats(directory: Path, dtype: str, trust_remote_code: bool) -> PreTra
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _loading("model", directory):
+    with loading("model", directory):
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=getattr(torch, dtype),
@@ -206,7 +206,7 @@ def _load_floats(directory: Path, dtype: str, trust_remote_code: bool) -> PreTra
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported in `info`, with every shape, instead of raised one by one
         )
-    _check_loading_info(info)
+    check_loading_info(info)
     return model
 
 
@@ -217,13 +217,13 @@ def _load_quantized(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _loading("configuration", files.directory):
+    with loading("configuration", files.directory):
         config = AutoConfig.from_pretrained(files.directory, local_files_only=True, trust_remote_code=trust_remote_code)
         _forget_quantization(config)
         with torch.device("meta"):  # only to learn the class, remote code included
             kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     weights, blocks = read_weights(quantization, files.weights, files.tensors)
-    with _loading("model", files.directory):
+    with loading("model", files.directory):
         model, info = kind.from_pretrained(
             None,
             config=config,
@@ -234,7 +234,7 @@ def _load_quantized(
         )
         _adopt_generation_config(model, files.directory)
     _check_owners(model, blocks)
-    _check_loading_info(_without_empty_biases(info, weights, blocks))
+    check_loading_info(_without_empty_biases(info, weights, blocks))
     return model, _placed(model, weights, blocks)
 
 
@@ -335,7 +335,7 @@ def check_finite(model: nn.Module) -> None:
         )
 
 
-class _loading:  # noqa: N801 - reads as a statement: ``with _loading("model", directory):``
+class loading:  # noqa: N801 - reads as a statement: ``with loading("model", directory):``
     """Rewords what transformers raises for an unusable directory as ModelError, on one line."""
 
     def __init__(self, what: str, directory: Path) -> None:
@@ -353,12 +353,13 @@ class _loading:  # noqa: N801 - reads as a statement: ``with _loading("model", d
             ) from error
 
 
-def _load_tokenizer(directory: Path, model: PreTrainedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(directory: Path, model: PreTrainedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model's directory, None where there is none. Raises ModelError for one of another model."""
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 
-    with _loading("tokenizer", directory):
+    with loading("tokenizer", directory):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     vocab = model.get_input_embeddings().num_embeddings
     specials = {
@@ -388,7 +389,7 @@ def _is_special(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
     return added is not None and added.special
 
 
-def _check_loading_info(info: Mapping[str, Any]) -> None:
+def check_loading_info(info: Mapping[str, Any]) -> None:
     """Refuses what transformers would paper over. ``info`` is ``from_pretrained``'s ``output_loading_info``."""
     faults = []
     if info["missing_keys"]:
@@ -408,7 +409,7 @@ def _check_loading_info(info: Mapping[str, Any]) -> None:
         raise ModelError("weights do not fit config.json: " + "; ".join(faults), hint="the files are from two models")
 
 
-def _check_ties(model: PreTrainedModel) -> None:
+def check_ties(model: PreTrainedModel) -> None:
     """Refuses weights declared as tied that the checkpoint holds twice, differently (transformers unties them)."""
     import torch
 
@@ -430,7 +431,7 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     if single.is_file():
         return [single], {}
     if index.is_file():
-        table = _read_json(index).get("weight_map")
+        table = read_json(index).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise ModelError(f"{index.name} has no weight_map")
         if len(table) > MAX_TENSORS:
@@ -463,10 +464,11 @@ def refuse_code(directory: Path) -> None:
     for one of them that is damaged."""
     for name in _CODE_CONFIGS:
         if (directory / name).is_file():
-            _refuse_code(name, _read_json(directory / name))
+            check_no_code(name, read_json(directory / name))
 
 
-def _refuse_code(name: str, config: Mapping[str, Any]) -> None:
+def check_no_code(name: str, config: Mapping[str, Any]) -> None:
+    """Raises UnsafeError where the file ``name``, which holds ``config``, asks to run code, at any depth."""
     for key, value in _nested_items(config):
         last = key.rpartition(".")[2]
         if last in ("auto_map", "trust_remote_code") and value:
@@ -479,7 +481,8 @@ def _refuse_code(name: str, config: Mapping[str, Any]) -> None:
             raise UnsafeError(f"{name} asks to run a kernel from the hub: key {shown(key)} is {shown(value)}")
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raises ModelError for a configuration that loading it would follow to another file or to absurd sizes."""
     if "transformers_weights" in config:
         raise ModelError("config.json names its own weight file (transformers_weights)", hint="use model.safetensors")
     for key, value in _nested_items(config):
@@ -505,7 +508,9 @@ def _nested_items(value: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
                 pending.append((name, child))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, kind: type = dict) -> Any:
+    """What ``path`` holds, a ``dict`` or ``list``. Raises ModelError for a file that is damaged, of another kind or too
+    large, ResourceError for one that cannot be read."""
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
@@ -517,8 +522,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path.name} is not JSON: {_first_line(error)}") from error
     except OSError as error:
         raise ResourceError(f"cannot read {shown_path(path)}: {error.strerror}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path.name} holds a {type(value).__name__}, expected an object")
+    if not isinstance(value, kind):
+        expected = "an object" if kind is dict else "an array"
+        raise ModelError(f"{path.name} holds a {type(value).__name__}, expected {expected}")
     return value
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 PoolingMode = Literal["mean", "cls", "max", "last"]
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,24 @@ class Pooling:
 
     mode: PoolingMode = "mean"
     normalize: bool = True
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """How texts become vectors, beside the model itself.
+
+    ``context`` is the most tokens of a text that are read, None for all that the model can; ``lower_case`` lowers a
+    text first. ``prompts`` are texts that are put before, by name, ``default_prompt`` the name of the one used when
+    none is asked for. ``dims`` is how many dimensions of a vector are kept unless asked otherwise, None for all.
+    """
+
+    pooling: Pooling = Pooling()
+    context: int | None = None
+    lower_case: bool = False
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    similarity: Similarity = "cosine"
+    dims: int | None = None
 
 
 @dataclass(frozen=True)

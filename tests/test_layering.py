@@ -24,7 +24,7 @@ LAYERS = (
     ("report", "graphs"),
     ("passes",),
     ("edit", "verify", "probe", "interpret", "ops", "kernels", "program", "mask_spec", "row_shifts"),
-    ("source", "quantized_checkpoint", "safetensors_header", "calibration"),
+    ("encoder_source", "sentence_layout", "source", "quantized_checkpoint", "safetensors_header", "calibration"),
     ("numerics", "text", "timeline", "publish", "manifest", "spec", "shapes", "config", "settings", "recipe_file"),
     ("fields", "errors"),
 )

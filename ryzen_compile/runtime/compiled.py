@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +25,7 @@ from ryzen_compile.runtime.breakdown import MemoryBreakdown
 from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import Engine
 from ryzen_compile.runtime.generate import GenerationStats, generate, read
+from ryzen_compile.runtime.guard import Guard
 from ryzen_compile.runtime.pool import CachePool
 from ryzen_compile.runtime.prefix import PrefixStore
 from ryzen_compile.runtime.prompt_cache import PromptCache, load_prompt_cache, save_prompt_cache
@@ -99,10 +99,7 @@ class CompiledModel:
         self._exit_layers = exit_layers
         self._exits: dict[int, Engine] = {}
         self._assistants: weakref.WeakSet[CompiledModel] = weakref.WeakSet()  # that speak in the same tokens
-        self._lock = threading.Lock()
-        self._holder: int | None = None
-        self._closed = False
-        self._pid = os.getpid()
+        self._guard = Guard()
 
     @property
     def spec(self) -> ModelSpec:
@@ -112,7 +109,7 @@ class CompiledModel:
     @property
     def closed(self) -> bool:
         """Whether ``close`` was called."""
-        return self._closed
+        return self._guard.closed
 
     def __call__(self, input_ids: Any) -> Any:
         """Logits of whole prompts, recomputed from nothing: float32 ``(B, T, V)``, or ``(B, 1, V)``, the last token's.
@@ -120,7 +117,7 @@ class CompiledModel:
         Which of the two, the engine's ``all_logits`` says. ``input_ids`` is ``(B, T)`` or ``(T,)`` without padding, of
         lists, numpy or torch; torch in gives torch out. Raises ``PromptError`` as ``generate`` does.
         """
-        with self._entered("the model"):
+        with self._guard.entered("the model"):
             spec = self.engine.spec
             ids = read_prompt(input_ids, None, Settings(None, {}, spec.vocab)).ids
             batch, tokens = ids.shape
@@ -168,7 +165,7 @@ class CompiledModel:
         with ExitStack() as held:
             # In one order everywhere, so that two models that draft for each other cannot wait for each other.
             for model in sorted([self] if assistant is None else [self, assistant], key=id):
-                held.enter_context(model._entered("generate" if model is self else "drafting"))
+                held.enter_context(model._guard.entered("generate" if model is self else "drafting"))
             if speculation is not None:
                 arguments["speculator"] = self._speculator(speculation, assistant)
                 arguments["stats"] = arguments.get("stats") or GenerationStats()
@@ -195,7 +192,7 @@ class CompiledModel:
         It counts as memory in use while it is kept. Raises ``PromptError`` and ``MemoryLimitError`` as ``generate``.
         """
         self._own(prompt_cache)
-        with self._entered("read_prompt"):
+        with self._guard.entered("read_prompt"):
             spec = self.engine.spec
             rows = read_prompt(input_ids, None, Settings(self.generation_config, {}, spec.vocab)).rows()
             if len(rows) != 1:
@@ -218,7 +215,7 @@ class CompiledModel:
     def load_prompt_cache(self, path: str | os.PathLike[str]) -> PromptCache:
         """What ``save_prompt_cache`` wrote; another artifact's file is refused. It counts while it is kept."""
         spec, identity = self.engine.spec, self._artifact("load_prompt_cache")
-        with self._entered("load_prompt_cache"):
+        with self._guard.entered("load_prompt_cache"):
             left = self.pool.available
             prompt = load_prompt_cache(
                 path, self.engine.slots, identity, vocab=spec.vocab, limit=spec.context, budget_bytes=left
@@ -236,14 +233,14 @@ class CompiledModel:
                 f"this model, on the {self.engine.name!r} engine, has nothing to save",
                 hint="compile it with the onnxruntime backend to get an artifact",
             )
-        with self._entered("save_pretrained"):
+        with self._guard.entered("save_pretrained"):
             self._saver(Path(directory), force)
 
     def close(self) -> None:
         """Wait for the running call, then release the engine. Closing twice is fine."""
-        with self._entered("close", even_closed=True):
-            if not self._closed:
-                self._closed = True
+        with self._guard.entered("close", even_closed=True):
+            if not self._guard.closed:
+                self._guard.closed = True
                 for exit_engine in self._exits.values():
                     exit_engine.close()
                 self.pool.clear()
@@ -334,23 +331,3 @@ class CompiledModel:
         if self._identity is None:
             raise UsageError(f"{what} needs a model that was loaded from an artifact", hint="save it and load it")
         return self._identity
-
-    @contextmanager
-    def _entered(self, what: str, *, even_closed: bool = False) -> Iterator[None]:
-        """Hold the engine for one call, or say why it cannot be had."""
-        if os.getpid() != self._pid:
-            # Neither the lock nor an engine's threads survive a fork.
-            raise UsageError(f"{what} was called in a forked process", hint="load the model after the fork")
-        if self._holder == threading.get_ident():
-            raise UsageError(
-                f"{what} was called from inside a running call of the same model, by a streamer or another callback",
-                hint="call it after the first one has returned, or load the model twice",
-            )
-        with self._lock:
-            if self._closed and not even_closed:
-                raise UsageError(f"{what} was called on a closed model", hint="load it again")
-            self._holder = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._holder = None
