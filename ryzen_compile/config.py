@@ -13,6 +13,7 @@ from ryzen_compile.errors import ConfigError
 from ryzen_compile.numerics.rows import RowFormat
 
 DEFAULT_RECIPE = "int4"
+ENCODER_RECIPE = "fp32"
 Bits = Literal[2, 3, 4, 8]
 Block = Literal[16, 32, 64, 128, 256]
 Method = Literal["rtn", "mse", "gptq"]
@@ -273,6 +274,17 @@ def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
             raise ConfigError(f"recipe {recipe.name!r}: {first['msg'].removeprefix('Value error, ')}") from error
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"recipe {recipe.name!r}: {where}: {first['msg']}, got {first['input']!r}") from error
+
+
+def refuse_decoding(recipe: Recipe) -> None:
+    """Raises ``ConfigError`` for a recipe that asks of an encoder what only a model that generates has."""
+    plain = Recipe()
+    for name in ("logits", "prefill", "kv", "embedding"):
+        if getattr(recipe, name) != getattr(plain, name):
+            raise ConfigError(
+                f"{name} {getattr(recipe, name)} is for models that generate, this one is an encoder",
+                hint="leave it out, or pass task='generate'",
+            )
 
 
 def _kv_settings(name: str, value: Any) -> dict[str, Any]:

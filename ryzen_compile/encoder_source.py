@@ -7,9 +7,10 @@ so that every tensor of the checkpoint has its place; its body is what computes 
 from __future__ import annotations
 
 import inspect as signatures
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import UnsupportedError
 from ryzen_compile.manifest import shown, shown_path
@@ -25,13 +26,12 @@ from ryzen_compile.source import (
     read_json,
     refuse_code,
 )
-from ryzen_compile.spec import EncoderSettings, Pooling
+from ryzen_compile.spec import EncoderSettings, Pooling, Task
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Task = Literal["embed", "generate"]
 MAX_TOKENIZER_CONTEXT = 10_000_000  # above it stands transformers' way of saying that there is no limit
 
 
@@ -72,14 +72,45 @@ def task_of_directory(directory: Path, *, trust_remote_code: bool = False) -> Ta
 
 
 def task_of_model(model: nn.Module) -> Task:
-    """The same of a model in memory: a bare or masked-language model of transformers whose attention is not causal."""
+    """The same of a model in memory: a bare or masked-language model of transformers whose attention is not causal, or
+    a ``SentenceTransformer``."""
     facts: Any = model
+    if _saves_layout(model):
+        return "embed"
     if not hasattr(facts, "can_generate") or facts.can_generate():
         return "generate"
     if not _is_bare_or_masked(type(facts), facts.config):
         return "generate"
     causal = any(getattr(module, "is_causal", False) for module in facts.modules())
     return "generate" if causal else "embed"
+
+
+def read_encoder(
+    model: nn.Module | Path,
+    *,
+    pooling: Pooling | None = None,
+    context: int | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> LoadedEncoder:
+    """The encoder in a directory, or a model in memory with its ``tokenizer``, which is checked for NaN alone.
+
+    A ``SentenceTransformer`` is read from what it saves. ``pooling``, ``context`` and ``tokenizer`` are in the place of
+    the model's own. Raises as ``load_encoder`` does.
+    """
+    if isinstance(model, Path):
+        found = load_encoder(model, pooling=pooling, trust_remote_code=trust_remote_code)
+    elif _saves_layout(model):
+        saving: Any = model
+        with tempfile.TemporaryDirectory(prefix="ryzen_compile-") as folder:
+            saving.save_pretrained(folder, create_model_card=False)
+            found = load_encoder(Path(folder), pooling=pooling)
+    else:
+        check_finite(model)
+        body: Any = body_of(model)
+        found = LoadedEncoder(body, tokenizer, EncoderSettings(pooling or Pooling(), _limit(tokenizer)))
+    settings = found.settings if context is None else replace(found.settings, context=context)
+    return LoadedEncoder(found.model, tokenizer or found.tokenizer, settings)
 
 
 def body_of(model: nn.Module) -> nn.Module:
@@ -113,10 +144,20 @@ def load_encoder(directory: Path, *, pooling: Pooling | None = None, trust_remot
     check_ties(model)
     check_finite(model)
     tokenizer = load_tokenizer(directory, model, trust_remote_code)
-    limits = [settings.context, getattr(tokenizer, "model_max_length", None)]
-    known = [limit for limit in limits if limit is not None and limit < MAX_TOKENIZER_CONTEXT]
+    limits = [limit for limit in (settings.context, _limit(tokenizer)) if limit is not None]
     body: Any = body_of(model)
-    return LoadedEncoder(body.eval(), tokenizer, replace(settings, context=min(known, default=None)))
+    return LoadedEncoder(body.eval(), tokenizer, replace(settings, context=min(limits, default=None)))
+
+
+def _limit(tokenizer: Any) -> int | None:
+    """The most tokens that a tokenizer says its model reads."""
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if limit is not None and limit < MAX_TOKENIZER_CONTEXT else None
+
+
+def _saves_layout(model: nn.Module) -> bool:
+    """Whether a model in memory is a chain of modules that writes itself as ``read_layout`` reads it."""
+    return all(hasattr(model, name) for name in ("similarity_fn_name", "prompts", "save_pretrained"))
 
 
 def _load(directory: Path, settings: dict[str, Any], has_pooler: bool, trust_remote_code: bool) -> PreTrainedModel:
@@ -149,12 +190,12 @@ def _declared(
 
     names = settings.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    kind = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    kind: Any = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         return None, None
     with loading("configuration", directory):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    if not isinstance(config, kind.config_class or ()):
+    if not isinstance(config, getattr(kind, "config_class", None) or ()):
         raise UnsupportedError(f"config.json declares a {shown(name)} of another model type, {type(config).__name__}")
     return kind, config
 

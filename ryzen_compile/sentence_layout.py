@@ -21,6 +21,8 @@ MODULES_NAME = "modules.json"
 SETTINGS_NAME = "config_sentence_transformers.json"
 TRANSFORMER_NAME = "sentence_bert_config.json"
 POOLING_FOLDER, NORMALIZE_FOLDER = "1_Pooling", "2_Normalize"
+# Of every directory that is written here; the folder for normalization is there where it is done.
+LAYOUT_NAMES = (MODULES_NAME, SETTINGS_NAME, TRANSFORMER_NAME, f"{POOLING_FOLDER}/config.json")
 MAX_PROMPTS, MAX_PROMPT_CHARACTERS = 1_000, 100_000
 # The layout's names of what we have, as strings and as the flags that releases before 6 wrote.
 MODES: dict[str, PoolingMode] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+Task = Literal["embed", "generate"]  # what a model is for: vectors of texts, or more text
+TASKS: tuple[Task, ...] = get_args(Task)
 PoolingMode = Literal["mean", "cls", "max", "last"]
+POOLING_MODES: tuple[PoolingMode, ...] = get_args(PoolingMode)
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
 

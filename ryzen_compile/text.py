@@ -69,6 +69,28 @@ def read_text(source: str | os.PathLike[str], *, characters: int | None = None) 
     return text
 
 
+def read_texts(source: str | os.PathLike[str]) -> list[str]:
+    """The texts of a file, one a line: of a ``.jsonl`` file as ``read_text`` takes them, of any other the lines as they
+    are, an empty line being an empty text. Raises as ``read_text`` does."""
+    path = Path(source)
+    with open_plain(path) as stream:
+        try:
+            if path.suffix.lower() == ".jsonl":
+                return list(_lines(stream, path))
+            text = _plain(stream, path, MAX_CHARACTERS + 1)
+        except OSError as error:
+            raise ResourceError(f"cannot read {shown_path(path)}: {error.strerror}") from error
+    if len(text) > MAX_CHARACTERS:
+        raise UsageError(f"{shown_path(path)} holds more than {MAX_CHARACTERS} characters", hint="embed it in parts")
+    return split_lines(text)
+
+
+def split_lines(text: str) -> list[str]:
+    """Its lines without their ends, which are line feeds with or without a carriage return."""
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines if lines[-1] else lines[:-1]
+
+
 def digest(text: str) -> str:
     """SHA-256 of the text's UTF-8, in hexadecimal."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -19,7 +19,7 @@ LAYERS = (
     ("cli", "__main__"),
     ("workflow",),
     ("__init__",),
-    ("api",),
+    ("api", "compile_encoder"),
     ("capture", "capture_encoder", "pipeline", "backends", "runtime", "validate", "train"),
     ("report", "graphs"),
     ("passes",),

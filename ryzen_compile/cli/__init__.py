@@ -23,6 +23,7 @@ from ryzen_compile.cli import (
     bench,
     diff,
     doctor,
+    embed,
     env,
     explain,
     export,
@@ -43,6 +44,7 @@ PROGRAM = "ryzen-compile"
 COMMANDS = (
     export.export,
     generate.generate,
+    embed.embed,
     bench.bench,
     evaluation.eval,
     tune.tune,

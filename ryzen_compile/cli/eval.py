@@ -54,7 +54,9 @@ def eval(  # noqa: A001 - the command's name is the function's
     machine = read_machine()
     used = threads or machine.usable_cores
     with ExitStack() as stack:
-        model = stack.enter_context(load(artifact, threads=threads, native=output.native_choice(native)))
+        model = stack.enter_context(
+            load(artifact, task="generate", threads=threads, native=output.native_choice(native))
+        )
         windows, facts = _windows(model, artifact, text, length, tokens)
         other = None if reference is None else _reference(stack, reference, used)
         fitting = fitting_batch(batch, length, model.spec.vocab, read_machine().usable_memory // 4)
@@ -127,7 +129,7 @@ def _reference(stack: ExitStack, name: str, threads: int) -> Scorer:
 
     if (Path(name) / MANIFEST_NAME).exists():
         # On stock operators: an artifact beside itself then shows what native ones change.
-        return EngineScorer(stack.enter_context(load(name, threads=threads, native=False)).engine)
+        return EngineScorer(stack.enter_context(load(name, task="generate", threads=threads, native=False)).engine)
     import torch
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars follow it

@@ -38,18 +38,21 @@ def explain(
             typer.echo(f"\n## Native operators on this machine\n\n{_listed(claims.to_text())}")
             output.stderr().print(f"from {directory / REPORT_NAME}", markup=False)
         return
-    from ryzen_compile.api import read_source, recipe_for, rewrite
+    from ryzen_compile.api import read_source, recipe_for, rewrite, task_of
     from ryzen_compile.calibration import read_calibration
     from ryzen_compile.cli.narrate import narrated
     from ryzen_compile.config import find_recipe
-    from ryzen_compile.pipeline import default_passes
+    from ryzen_compile.pipeline import default_passes, encoder_passes
 
-    chosen = find_recipe(recipe_for(target) if recipe is None else recipe)
-    with narrated(len(default_passes(chosen)), quiet=quiet or as_json) as progress:
-        source = read_source(target, progress=progress)
+    task = task_of(target)
+    chosen = find_recipe(recipe_for(target, task=task) if recipe is None else recipe)
+    passes = default_passes(chosen) if task == "generate" else encoder_passes(chosen)
+    with narrated(len(passes), quiet=quiet or as_json) as progress:
+        source = read_source(target, task=task, progress=progress)
         _, report = rewrite(
             source.model,
             chosen,
+            pooling=source.pooling,
             calibration=read_calibration(source.tokenizer, chosen, progress=progress),
             given=source.quantized,
             verify=not no_verify,

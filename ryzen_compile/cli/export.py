@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,10 @@ def export(
         str | None,
         typer.Option(help=f"How to optimize, see `ryzen-compile recipes`; default: {RECIPE_USED}."),
     ] = None,
+    task: Annotated[str | None, typer.Option(help="'embed' or 'generate', where the model leaves it open.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Positions to make it for; default: the model's.")] = None,
+    pooling: output.PoolingOption = None,
+    no_normalize: output.NoNormalizeFlag = False,
     logits: Annotated[str | None, typer.Option(help="'last' (generation) or 'all' (scoring text).")] = None,
     target_bits: Annotated[
         float | None, typer.Option(help="Mix the recipe's format with the next wider one up to these bits per weight.")
@@ -69,22 +72,21 @@ def export(
 ) -> None:
     """Capture MODEL, rewrite it pass by pass under the parity gate, and write an ONNX artifact to OUT."""
     from ryzen_compile.api import export as write
-    from ryzen_compile.api import recipe_for
+    from ryzen_compile.api import recipe_for, task_of
     from ryzen_compile.cli.narrate import narrated
     from ryzen_compile.config import embedding_settings, find_recipe, parse_overrides
-    from ryzen_compile.pipeline import default_passes
+    from ryzen_compile.pipeline import default_passes, encoder_passes
     from ryzen_compile.validate.table import human_size
 
     dumper = None if dump_passes is None else _dumper(dump_passes, out)
+    where: Any = {
+        "revision": revision,
+        "local_files_only": True if offline else None,
+        "trust_remote_code": trust_remote_code,
+    }
+    done = task_of(model, task, **where)  # type: ignore[arg-type]
     chosen = find_recipe(
-        recipe_for(
-            model,
-            revision=revision,
-            local_files_only=True if offline else None,
-            trust_remote_code=trust_remote_code,
-        )
-        if recipe is None
-        else recipe,
+        recipe_for(model, task=done, **where) if recipe is None else recipe,
         context=context,
         logits=logits,
         prefill=prefill,
@@ -97,29 +99,45 @@ def export(
             embedding, bits=embedding_bits, cluster_dim=cluster_dim, ratio=embedding_ratio, steps=embedding_steps
         ),
     )
-    with narrated(len(default_passes(chosen)), quiet=quiet or as_json) as progress:
+    passes = default_passes(chosen) if done == "generate" else encoder_passes(chosen)
+    with narrated(len(passes), quiet=quiet or as_json) as progress:
         report = write(
             model,
             out,
             chosen,
+            task=done,
+            pooling=output.pooling_choice(pooling, no_normalize),
             calibration=calibration,
             native=native,
             force=force,
             verify=not no_verify,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-            local_files_only=True if offline else None,
             progress=progress,
             observe=dumper,
+            **where,
         )
     if as_json:
         output.print_json({"artifact": str(out), "report": report.to_json()})
         return
-    size = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     console = output.stdout()
     console.print(report.to_text(misses=False), markup=False)
     console.print(f"wrote {out} ({human_size(size)})", markup=False)
-    console.print(f"cache: {_cache_line(out)}", markup=False)
+    if done == "generate":
+        console.print(f"cache: {_cache_line(out)}", markup=False)
+    else:
+        console.print(f"vectors: {_vectors_line(out)}", markup=False)
+
+
+def _vectors_line(out: Path) -> str:
+    """What an encoder's artifact makes of a text."""
+    from ryzen_compile.backends.onnxruntime.artifact import read
+
+    found = read(out, digests=False)
+    pooling, settings = found.spec.pooling, None if found.encoding is None else found.encoding.settings
+    if pooling is None or settings is None:
+        return "none"
+    unit = ", scaled to length 1" if pooling.normalize else ""
+    return f"{settings.dims or found.spec.hidden} dimensions, {pooling.mode} of up to {settings.context} tokens{unit}"
 
 
 def _dumper(directory: Path, out: Path) -> PassDumper:

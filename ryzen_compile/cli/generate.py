@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,7 +92,11 @@ def generate(
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     if temperature:
         given |= {"do_sample": True, "temperature": temperature}
-    opened = partial(load, threads=threads, native=output.native_choice(native), digests=not no_digests)
+    choice = output.native_choice(native)
+
+    def opened(directory: Path) -> CompiledModel:
+        return load(directory, task="generate", threads=threads, native=choice, digests=not no_digests)
+
     with ExitStack() as stack:
         model = stack.enter_context(opened(artifact))
         tokenizer = tokenizer_of(model, artifact)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from ryzen_compile.api import Native
+    from ryzen_compile.spec import Pooling
 
 NativeFlag = Annotated[
     bool | None,
@@ -22,12 +23,33 @@ ChangesFlag = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace one setting; may be repeated.")
 ]
 SchemaFlag = Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of configurations, and stop.")]
+PoolingOption = Annotated[
+    str | None, typer.Option(help="Of an encoder that does not say: mean, cls, max or last; default: mean.")
+]
+NoNormalizeFlag = Annotated[
+    bool, typer.Option("--no-normalize", help="With --pooling: leave the vectors their length.")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 
 
 def native_choice(flag: bool | None) -> Native:
     """``load``'s word for what ``NativeFlag`` says."""
     return "auto" if flag is None else flag
+
+
+def pooling_choice(mode: str | None, no_normalize: bool) -> Pooling | None:
+    """``optimize``'s pooling for what ``PoolingOption`` and ``NoNormalizeFlag`` say; raises ``UsageError``."""
+    from ryzen_compile.errors import UsageError
+    from ryzen_compile.spec import POOLING_MODES, Pooling
+
+    if mode is None:
+        if no_normalize:
+            raise UsageError("--no-normalize is about a pooling that is given", hint="give --pooling as well")
+        return None
+    known = next((name for name in POOLING_MODES if name == mode), None)
+    if known is None:
+        raise UsageError(f"--pooling: there is no {mode!r}", hint=f"use one of {', '.join(POOLING_MODES)}")
+    return Pooling(known, normalize=not no_normalize)
 
 
 def stdout() -> Console:

@@ -188,7 +188,7 @@ def _import_artifact() -> Opener:
     from ryzen_compile.runtime.tokenizer import Tokenizer
 
     def opened(directory: Path, threads: int) -> tuple[Engine, object]:
-        found = artifact.read(directory)
+        found = artifact.read(directory, task="generate")
         options = engine_options(found, threads=threads)
         has_tokenizer = (directory / "tokenizer.json").exists()
         tokenizer = Tokenizer.from_directory(directory) if has_tokenizer else None

@@ -80,5 +80,5 @@ def _loses_most(report: Report) -> str:
 def _operators(found: Measurements) -> float:
     """Mean KL between native operators and stock ones on the same files."""
     windows = np.ascontiguousarray(found.text.windows[:WINDOWS])
-    with load(found.subject.artifact, native=False, digests=False) as stock:
+    with load(found.subject.artifact, task="generate", native=False, digests=False) as stock:
         return score(EngineScorer(found.subject.model.engine), EngineScorer(stock.engine), windows).kl.value

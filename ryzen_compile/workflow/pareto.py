@@ -59,7 +59,7 @@ def measure_recipes(
                 say(f"recipe {name}")
                 path = folder / name
                 export(source, path, recipe, calibration=calibration)
-            opened[name] = stack.enter_context(load(path, threads=threads, digests=False))
+            opened[name] = stack.enter_context(load(path, task="generate", threads=threads, digests=False))
             with torch_threads(threads):
                 scorer = EngineScorer(opened[name].engine)
                 qualities[name] = score(scorer, ModelScorer(model), windows, batch=batch)

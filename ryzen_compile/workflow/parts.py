@@ -104,5 +104,5 @@ def _exported(model: Any, recipe: Recipe, out: Path) -> Path:
 
 @contextmanager
 def _opened(artifact: Path, threads: int, *, native: Literal["auto"] | bool) -> Iterator[Engine]:
-    with load(artifact, threads=threads, native=native, digests=False) as compiled:
+    with load(artifact, task="generate", threads=threads, native=native, digests=False) as compiled:
         yield compiled.engine

@@ -72,8 +72,8 @@ def validate_artifact(
     with ExitStack() as stack:
         say("opening the artifact and its baseline")
         threads = read_machine().usable_cores  # of both sides, and of all that is measured beside them
-        model = stack.enter_context(load(artifact, threads=threads))
-        draft = None if settings.draft is None else stack.enter_context(load(Path(settings.draft)))
+        model = stack.enter_context(load(artifact, task="generate", threads=threads))
+        draft = None if settings.draft is None else stack.enter_context(load(Path(settings.draft), task="generate"))
         subject = Subject(
             artifact,
             model,

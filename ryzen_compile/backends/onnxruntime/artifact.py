@@ -9,25 +9,35 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from ryzen_compile.backends.onnxruntime import LIBRARY_NAME, MODEL_NAME, NATIVE_NAME, PREFILL_NAME
-from ryzen_compile.backends.onnxruntime.artifact_check import check_model
+from ryzen_compile.backends.onnxruntime.artifact_check import check_encoder, check_model
 from ryzen_compile.backends.onnxruntime.cache_file import CACHE_NAME, read_shifts, write_shifts
+from ryzen_compile.backends.onnxruntime.encoding_files import Encoding, read_encoding, write_encoding
 from ryzen_compile.backends.onnxruntime.genai import GENAI_CONFIG_NAME, genai_config, known_tokenizer_class
 from ryzen_compile.backends.onnxruntime.native import write_native
-from ryzen_compile.errors import ArtifactError
-from ryzen_compile.manifest import listed_files, read_manifest, shown, verify_files, write_manifest
+from ryzen_compile.errors import ArtifactError, UsageError
+from ryzen_compile.manifest import (
+    MANIFEST_NAME,
+    listed_files,
+    read_manifest,
+    shown,
+    shown_path,
+    verify_files,
+    write_manifest,
+)
 from ryzen_compile.numerics.row_shift import RowShift
 from ryzen_compile.numerics.rows import RowFormat
 from ryzen_compile.publish import Staging
-from ryzen_compile.spec import CacheSlot, ModelSpec
+from ryzen_compile.spec import POOLING_MODES, CacheSlot, ModelSpec, Pooling, Task
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -62,6 +72,7 @@ class Artifact:
     config: Mapping[str, Any] | None = None
     generation_config: Mapping[str, Any] | None = None
     report: Mapping[str, Any] | None = field(default=None, repr=False)
+    encoding: Encoding | None = None
 
     @property
     def stream(self) -> tuple[int, int] | None:
@@ -100,6 +111,7 @@ def write(
     spec: ModelSpec,
     slots: tuple[CacheSlot, ...],
     motion: tuple[RowShift, ...] | str = UNKNOWN_MOTION,
+    encoding: Encoding | None = None,
     facts: Mapping[str, Any],
     report: Any = None,
     companions: Companions | None = None,
@@ -109,7 +121,8 @@ def write(
     """Publishes an artifact at ``out``; ``write_model(directory)`` writes ``model.onnx``, its data, and a second form.
 
     ``motion`` says how cached keys are moved, or why they cannot be. ``native`` adds the model over our own operators,
-    which reads the same data, and their library; onnxruntime-genai then runs these.
+    which reads the same data, and their library; onnxruntime-genai then runs these. An encoder has an ``encoding`` in
+    the place of caches and of what onnxruntime-genai reads.
 
     Raises ``UsageError``, ``ArtifactError``, ``BusyError`` or ``ResourceError`` as ``Staging`` does; whatever was at
     ``out`` before is then untouched.
@@ -120,31 +133,20 @@ def write(
         if not isinstance(motion, str):
             write_shifts(stage.path, motion, slots)
         model = check_model(stage.path, MODEL_NAME)
-        inputs = [value.name for value in model.graph.input]
         if native:
             write_native(model, stage.path / NATIVE_NAME, stage.path / LIBRARY_NAME)
-        generation = dict(companions.generation_config or {})
-        special = {
-            k: _first_known(k, generation, companions.config) for k in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
-        window = max((slot.window for slot in slots), default=0)
-        described = genai_config(
-            spec,
-            inputs=inputs,
-            generation=generation,
-            window=window,
-            filename=NATIVE_NAME if native else MODEL_NAME,
-            operators=LIBRARY_NAME if native else None,
-            **special,
-        )
-        _dump(stage.path / GENAI_CONFIG_NAME, described)
+        if encoding is None:
+            _write_genai(stage.path, model, spec, slots, companions, native)
+        else:
+            write_encoding(stage.path, encoding, hidden=spec.hidden)
         if companions.config is not None:
             _dump(stage.path / CONFIG_NAME, companions.config)
         if companions.generation_config is not None:
             _dump(stage.path / GENERATION_CONFIG_NAME, companions.generation_config)
         if companions.save_tokenizer is not None:
             companions.save_tokenizer(stage.path)
-            _generalize_tokenizer(stage.path)
+            if encoding is None:
+                _generalize_tokenizer(stage.path)
         if report is not None:
             _dump(stage.path / REPORT_NAME, report.to_json())
             (stage.path / "report.md").write_text(report.to_markdown(), encoding="utf-8")
@@ -153,17 +155,31 @@ def write(
             **facts,
             "spec": asdict(spec),
             "slots": [asdict(slot) for slot in slots],
-        } | ({"motion": motion} if isinstance(motion, str) else {})
+        } | ({"motion": motion} if isinstance(motion, str) and encoding is None else {})
         return stage.commit(lambda directory: write_manifest(directory, content))
 
 
-def read(directory: Path, *, digests: bool = True) -> Artifact:
+def copy(found: Artifact, out: Path, force: bool) -> None:
+    """Publishes the files of an artifact that was read at ``out``; raises as ``write`` does."""
+    with Staging(out, force=force) as stage:
+        for name in (*found.manifest["files"], MANIFEST_NAME):
+            target = stage.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found.directory / name, target)
+        stage.commit()
+
+
+def read(directory: Path, *, digests: bool = True, task: Task | None = None) -> Artifact:
     """Checks the artifact at ``directory`` and returns what it says of itself.
 
     ``digests=False`` skips the SHA-256 of every file (sizes and structure are still checked). Raises ``ArtifactError``,
-    ``TamperedError`` or ``UnsafeError``.
+    ``TamperedError`` or ``UnsafeError``, and ``UsageError`` for an artifact that is not made for ``task``.
     """
     manifest = read_manifest(directory)
+    spec = _spec_of(manifest)
+    made_to: Task = "generate" if spec.pooling is None else "embed"
+    if task not in (None, made_to):
+        raise UsageError(f"the artifact {shown_path(directory)} is made to {made_to}, not to {task}")
     verify_files(directory, manifest, digests=digests)
     listed = listed_files(manifest)
     models = [
@@ -171,13 +187,16 @@ def read(directory: Path, *, digests: bool = True) -> Artifact:
         for name in (MODEL_NAME, PREFILL_NAME)
         if name in listed or name == MODEL_NAME
     ]
-    try:
-        spec = ModelSpec(**manifest["spec"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{directory.name}: the manifest does not describe the model: {error}") from error
     slots = slots_of(manifest)
-    for model in models:
-        _check_described(model.graph, spec, slots)
+    encoding = None
+    if spec.pooling is not None:
+        if slots or len(models) > 1:
+            raise ArtifactError(f"{directory.name}: an encoder has neither a cache nor a second form")
+        check_encoder(models[0].graph, spec.hidden)
+        encoding = read_encoding(directory, spec, listed)
+    else:
+        for model in models:
+            _check_described(model.graph, spec, slots)
     unknown = manifest.get("motion", UNKNOWN_MOTION)
     return Artifact(
         directory,
@@ -188,7 +207,23 @@ def read(directory: Path, *, digests: bool = True) -> Artifact:
         _load(directory / CONFIG_NAME),
         _load(directory / GENERATION_CONFIG_NAME),
         _load(directory / REPORT_NAME),
+        encoding,
     )
+
+
+def _spec_of(manifest: Mapping[str, Any]) -> ModelSpec:
+    """The model in numbers; raises ``ArtifactError``."""
+    try:
+        facts = dict(manifest["spec"])
+        pooling = facts.pop("pooling", None)
+        spec = ModelSpec(**facts, pooling=None if pooling is None else Pooling(**pooling))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"the manifest does not describe the model: {error}") from error
+    if spec.pooling is not None:
+        known = spec.pooling.mode in POOLING_MODES and type(spec.pooling.normalize) is bool
+        if not known or any(type(value) is not int or value < 1 for value in (spec.hidden, spec.vocab, spec.context)):
+            raise ArtifactError(f"the manifest does not describe an encoder, but {shown(manifest['spec'])}")
+    return spec
 
 
 def slots_of(manifest: Mapping[str, Any]) -> tuple[CacheSlot, ...]:
@@ -256,6 +291,33 @@ def _check_window(node: NodeProto, slots: tuple[CacheSlot, ...]) -> None:
             f"layer {slot.layer} keeps a window of {window} tokens in the graph, of {slot.window} by the manifest",
             hint="export it again",
         )
+
+
+def _write_genai(
+    directory: Path,
+    model: ModelProto,
+    spec: ModelSpec,
+    slots: Sequence[CacheSlot],
+    companions: Companions,
+    native: bool,
+) -> None:
+    """What onnxruntime-genai reads."""
+    inputs = [value.name for value in model.graph.input]
+    generation = dict(companions.generation_config or {})
+    special = {
+        k: _first_known(k, generation, companions.config) for k in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    window = max((slot.window for slot in slots), default=0)
+    described = genai_config(
+        spec,
+        inputs=inputs,
+        generation=generation,
+        window=window,
+        filename=NATIVE_NAME if native else MODEL_NAME,
+        operators=LIBRARY_NAME if native else None,
+        **special,
+    )
+    _dump(directory / GENAI_CONFIG_NAME, described)
 
 
 def _generalize_tokenizer(directory: Path) -> None:

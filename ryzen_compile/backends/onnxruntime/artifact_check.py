@@ -78,6 +78,28 @@ def check_model(
     return model
 
 
+def check_encoder(graph: GraphProto, hidden: int) -> None:
+    """Raises ArtifactError unless ``graph`` reads ids and their mask (B, T) and returns vectors (B, ``hidden``)."""
+    wanted = {
+        "input_ids": (TensorProto.INT64, [0, 0]),
+        "attention_mask": (TensorProto.INT64, [0, 0]),
+        "sentence_embedding": (TensorProto.FLOAT, [0, hidden]),
+    }
+    weights = {tensor.name for tensor in graph.initializer}
+    found = {
+        value.name: (value.type.tensor_type.elem_type, [dim.dim_value for dim in value.type.tensor_type.shape.dim])
+        for value in (*graph.input, *graph.output)
+        if value.name not in weights
+    }
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            raise ArtifactError(
+                f"{shown(name)} of an encoder: expected type and sizes {wanted.get(name, 'none')}, "
+                f"got {found.get(name, 'none')}",
+                hint="export it again",
+            )
+
+
 def _parse(directory: Path, name: str) -> ModelProto:
     with open_plain(directory, name) as stream:
         size = os.fstat(stream.fileno()).st_size

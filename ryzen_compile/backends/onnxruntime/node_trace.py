@@ -45,7 +45,7 @@ def trace_nodes(
     A prompt too long for the model's context is cut. A form for prompts, whose nodes are others, is not opened. Raises
     what reading an artifact raises, and ``ArtifactError`` for a record that is not ONNX Runtime's.
     """
-    found = artifact.read(directory, digests=False)
+    found = artifact.read(directory, digests=False, task="generate")
     options = replace(engine_options(found, threads=threads, native=native), profile=True)
     steps = min(steps, found.spec.context - 1)
     prompt = min(prompt, found.spec.context - steps)

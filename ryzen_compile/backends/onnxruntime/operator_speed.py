@@ -92,7 +92,7 @@ def measure_operators(
     """
     if rounds < 1:
         raise UsageError(f"rounds must be at least 1, got {rounds}")
-    found = artifact.read(Path(artifact_dir), digests=False)
+    found = artifact.read(Path(artifact_dir), digests=False, task="generate")
     options = engine_options(found, threads=threads, native=native)
     used = options.threads or 1
     subjects, reasons = prepare(found, options, context=context, tokens=tokens)

@@ -75,7 +75,7 @@ def tune(
     counts = _checked(threads, machine) if threads is not None else thread_candidates(machine)
     if not 0 < budget_seconds < float("inf"):
         raise UsageError(f"the budget must be a number of seconds above 0, got {budget_seconds}")
-    bench = _Bench(artifact.read(directory, digests=digests))
+    bench = _Bench(artifact.read(directory, digests=digests, task="generate"))
     start = time.perf_counter()
     ends = [start + share * budget_seconds for share in (THREADS_SHARE, CHOICE_SHARE, 1)]
     settings = [SessionOptions(count, on) for count in counts for on in ((True, False) if count > 1 else (True,))]
