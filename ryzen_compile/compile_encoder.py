@@ -66,11 +66,11 @@ def compiled_encoder(
 def loaded_encoder(found: Artifact, options: SessionOptions, *, tokenizer: Tokenizer | None) -> CompiledEncoder:
     """The encoder of an artifact that was read."""
     from ryzen_compile.backends.onnxruntime import artifact, encoding_files
-    from ryzen_compile.backends.onnxruntime.encoder import OrtEncoder
+    from ryzen_compile.backends.onnxruntime.encoder_session import OrtEncoder
 
     encoding = found.encoding or encoding_files.Encoding(EncoderSettings())
     return CompiledEncoder(
-        OrtEncoder(found.model, found.spec, options),
+        OrtEncoder(found.model, found.spec, options, found.prefill),
         tokenizer,
         encoding.settings,
         int8=encoding.int8,

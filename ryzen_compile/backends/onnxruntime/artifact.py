@@ -190,9 +190,10 @@ def read(directory: Path, *, digests: bool = True, task: Task | None = None) -> 
     slots = slots_of(manifest)
     encoding = None
     if spec.pooling is not None:
-        if slots or len(models) > 1:
-            raise ArtifactError(f"{directory.name}: an encoder has neither a cache nor a second form")
-        check_encoder(models[0].graph, spec.hidden)
+        if slots:
+            raise ArtifactError(f"{directory.name}: the manifest describes an encoder with a cache")
+        for model in models:
+            check_encoder(model.graph, spec.hidden)
         encoding = read_encoding(directory, spec, listed)
     else:
         for model in models:
