@@ -1,8 +1,9 @@
 """Linear maps learned from a collection's vectors, after which fewer dimensions or single bits say more.
 
-PCA puts the variance into the first dimensions, so that the rest can go. ITQ then turns what is left until the signs
-of its dimensions are as close to it as signs can be: after PCA alone a few dimensions carry most of the distance and
-the bits of the others are noise (Gong and Lazebnik, Iterative Quantization, CVPR 2011).
+PCA puts the variance into the first dimensions, so that the rest can go. For bits it is then spread again: after PCA
+alone a few dimensions carry most of the distance, and the bits of the others are noise. A random rotation spreads it
+evenly; ITQ goes on from there until signs are as close to the vectors it sees as they can be (Gong and Lazebnik,
+Iterative Quantization, CVPR 2011, which compares both).
 """
 
 from __future__ import annotations
@@ -64,8 +65,14 @@ class Projection:
         return cls(mean, matrix * np.sign(largest))
 
     @classmethod
+    def random(cls, x: np.ndarray, dims: int, *, seed: int = 0) -> Self:
+        """PCA to ``dims`` dimensions, then a random rotation: only mean and principal directions depend on ``x``."""
+        start = cls.pca(x, dims)
+        return cls(start.mean, start.matrix.astype(np.float64) @ _random_rotation(dims, seed))
+
+    @classmethod
     def itq(cls, x: np.ndarray, dims: int, *, iterations: int = ITERATIONS, seed: int = 0) -> Self:
-        """PCA to ``dims`` dimensions, then the rotation that brings them closest to their signs, from a random start.
+        """PCA to ``dims`` dimensions, then the rotation that brings them closest to their signs, from ``random``'s on.
 
         Each iteration takes the signs of the rotated vectors, then the rotation that fits them best (orthogonal
         Procrustes, by an SVD of a d x d matrix); the squared error never rises.
@@ -74,7 +81,7 @@ class Projection:
             raise UsageError(f"iterations must be 0 or more, got {iterations}")
         start = cls.pca(x, dims)
         reduced = start.apply(x).astype(np.float64)
-        rotation = np.linalg.qr(np.random.default_rng(seed).standard_normal((dims, dims)))[0]
+        rotation = _random_rotation(dims, seed)
         for _ in range(iterations):
             signs = np.where(reduced @ rotation > 0, 1.0, -1.0)
             left, _, right = np.linalg.svd(reduced.T @ signs)
@@ -96,3 +103,7 @@ class Projection:
         """Queries (Q, C) -> float32 (Q, d), not centered: their inner products with applied vectors are those with
         the vectors themselves, as far as d dimensions hold them, less one number for each query (q . mean)."""
         return as_rows(queries, "queries", len(self.mean)) @ self.matrix
+
+
+def _random_rotation(dims: int, seed: int) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((dims, dims)))[0]
