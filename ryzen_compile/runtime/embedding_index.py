@@ -15,7 +15,7 @@ import numpy as np
 
 from ryzen_compile.errors import ConfigError, UsageError
 from ryzen_compile.numerics.embedding_codec import EmbeddingCodec, Precision
-from ryzen_compile.numerics.embedding_codes import blocks, pack_signs
+from ryzen_compile.numerics.embedding_codes import as_rows, blocks, pack_signs
 from ryzen_compile.numerics.embedding_projection import Projection
 from ryzen_compile.runtime.embedding_index_file import read_index, write_index
 
@@ -95,6 +95,7 @@ class EmbeddingIndex:
             raise UsageError(f"k must be 1 or more, got {k}")
         if not len(self):
             raise UsageError("the index holds no vectors", hint="add some first")
+        queries = as_rows(queries, "queries", self.codec.source_dims)
         k = min(k, len(self))
         count = min(self.rescore * k, len(self))
         if len(self) > self.exact_rows:

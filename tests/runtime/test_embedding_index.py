@@ -147,6 +147,7 @@ def test_what_cannot_be_searched_is_refused() -> None:
         lambda: index.search(x, 0),
         lambda: index.search(x[:, :7]),
         lambda: index.search(x[0]),
+        lambda: index.search(x[:0]),
         lambda: index.add(x[:, :7]),
         lambda: index.add(x[:0]),
         lambda: EmbeddingIndex.build(x, rescore=0),
