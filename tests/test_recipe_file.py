@@ -10,7 +10,7 @@ import pytest
 from ryzen_compile.api import recipe_for
 from ryzen_compile.config import DEFAULT_RECIPE, Recipe, WeightQuantization
 from ryzen_compile.errors import ConfigError
-from ryzen_compile.recipe_file import MAX_BYTES, RECIPE_NAME, read_recipe, recipe_text
+from ryzen_compile.recipe_file import DIMS_NAME, MAX_BYTES, RECIPE_NAME, dims_text, read_dims, read_recipe, recipe_text
 
 TRAINED = Recipe(name="trained", weights=WeightQuantization(bits=3, block=64, method="rtn", head_bits=8))
 
@@ -56,3 +56,32 @@ def test_what_is_no_recipe_is_refused_with_what_to_do(tmp_path: Path, text: str,
     with pytest.raises(ConfigError, match=message) as caught:
         read_recipe(write(tmp_path, text))
     assert "name a recipe, or delete the file" in str(caught.value)
+
+
+def test_dims_survive_their_file(tmp_path: Path) -> None:
+    assert read_dims(tmp_path) is None
+    (tmp_path / DIMS_NAME).write_text(dims_text((384, 64, 7)), encoding="utf-8")
+    assert read_dims(tmp_path) == (384, 64, 7)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        "{",
+        "[384]",
+        '{"schema_version": 2, "dims": [8]}',
+        '{"schema_version": 1, "dims": null}',
+        '{"schema_version": 1, "dims": []}',
+        '{"schema_version": 1, "dims": [8, 8]}',
+        '{"schema_version": 1, "dims": [8, 16]}',
+        '{"schema_version": 1, "dims": [8, 0]}',
+        '{"schema_version": 1, "dims": [8.0]}',
+        '{"schema_version": 1, "dims": [true]}',
+        '{"schema_version": 1, "dims": "8"}',
+    ],
+)
+def test_what_is_no_list_of_dims_is_refused(tmp_path: Path, found: str) -> None:
+    (tmp_path / DIMS_NAME).write_text(found, encoding="utf-8")
+    with pytest.raises(ConfigError, match="is no list of dims") as caught:
+        read_dims(tmp_path)
+    assert "delete the file" in str(caught.value)

@@ -57,8 +57,13 @@ def train(
         output.print_json(facts)
         return
     console = output.stdout()
+    depths = facts.pop("depths", {})
     for name, value in facts.items():
         console.print(f"{name.replace('_', ' '):<22}{value}")
+    for name, found in depths.items():
+        for dim, figures in found.items():
+            told = ", ".join(f"{figure.replace('_', ' ')} {value:.4f}" for figure, value in figures.items())
+            console.print(f"{dim:>5} {name.replace('_', ' '):<26}{told}")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from ryzen_compile.train.distill import DistillComponent
 from ryzen_compile.train.dkm_table import DkmComponent
 from ryzen_compile.train.fake_quant import QatComponent
 from ryzen_compile.train.lora import LoraComponent
+from ryzen_compile.train.matryoshka import MatryoshkaComponent
 from ryzen_compile.train.model import load_teacher
 from ryzen_compile.train.objective import Objective
 from ryzen_compile.train.ternary import TernaryComponent
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 def make_components(
     settings: PassSettings, objective: Objective, tokenizer: PreTrainedTokenizerBase
 ) -> list[Component]:
-    """Attached to nothing yet. Raises what loading a teacher raises."""
+    """Attached to nothing yet. Raises what loading a teacher raises, and ``ConfigError`` for depths that do not fit."""
     found: list[Component] = []
     if settings.distill is not None:
         teacher = load_teacher(settings.distill.teacher, tokenizer)
         found.append(DistillComponent(objective, teacher, settings.distill))
+    if settings.matryoshka is not None:
+        found.append(MatryoshkaComponent(objective, settings.matryoshka))
     if settings.lora is not None:
         found.append(LoraComponent(settings.lora))
     if settings.dkm is not None:

@@ -18,11 +18,13 @@ from ryzen_compile.settings import Section, parse_settings, read_settings, setti
 
 Mode = Literal["test", "baseline", "optimized"]
 MODES: tuple[Mode, ...] = ("test", "baseline", "optimized")
-COMPONENTS = ("qat", "ternary", "dkm", "lora", "distill")
+COMPONENTS = ("qat", "ternary", "dkm", "lora", "distill", "matryoshka")
 STANDING_IN = ("qat", "ternary", "dkm", "lora")  # passes that compute from other weights than the parameters
 Share = Annotated[float, Field(ge=0, le=1)]
 CodeBits = Annotated[int, Field(ge=1, le=8)]
 Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]
+Width = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class NewTokenizer(Section):
@@ -37,12 +39,13 @@ class ModelSettings(Section):
 
     ``architecture`` is a transformers configuration, ``model_type`` and its fields; vocabulary and special tokens that
     it leaves out are the tokenizer's. ``tokenizer`` is a directory or hub id, or a new one to train; the model's own if
-    it has a ``path``.
+    it has a ``path``. Parameters whose names match a pattern of ``freeze`` ("*embeddings*") stay as they are.
     """
 
     path: str | None = None
     architecture: Mapping[str, Any] | None = None
     tokenizer: str | NewTokenizer | None = None
+    freeze: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ModelSettings:
@@ -87,21 +90,31 @@ class DataSettings(Section):
     token.
 
     What is validated on is ``validation``, a source of its own, or the documents of ``train`` whose names match
-    ``hold_out`` (each pattern has to match one; a file's third record is "data.jsonl:3"); without either, every
-    ``1 / validation_share``-th document, at least one. ``validation_tokens`` bounds it.
+    ``hold_out`` (each pattern has to match one; a file's third record is "data.jsonl:3"), or one group of documents in
+    ``hold_out_groups``: those of a group have the first part of their names in common, less its suffix ("json" of
+    "json/decoder.py", a module), and the first byte of that part's SHA-256 is divisible. Without any of these it is
+    every ``1 / validation_share``-th document, at least one. ``validation_tokens`` bounds it. A contrastive run counts
+    pairs where others count tokens; there ``length`` is that of a positive at most.
     """
 
     train: TextSource
     validation: TextSource | None = None
     hold_out: tuple[str, ...] = ()
+    hold_out_groups: int | None = Field(default=None, ge=2, le=128)
     validation_share: float = Field(default=0.02, gt=0, le=0.5)
     length: int = Field(default=1024, ge=2)
     validation_tokens: int | None = Field(default=None, ge=2)
 
     @model_validator(mode="after")
     def _one_to_validate_on(self) -> DataSettings:
-        if self.validation is not None and self.hold_out:
-            raise ValueError("validation and hold_out both say what is validated on: expected one")
+        named = {
+            "validation": self.validation is not None,
+            "hold_out": bool(self.hold_out),
+            "hold_out_groups": self.hold_out_groups is not None,
+        }
+        if sum(named.values()) > 1:
+            both = " and ".join(name for name, given in named.items() if given)
+            raise ValueError(f"{both} both say what is validated on: expected one")
         return self
 
 
@@ -225,6 +238,46 @@ class DistillSettings(Section):
     draft_cost: float | None = Field(default=None, gt=0)
 
 
+class MatryoshkaSettings(Section):
+    """The loss is a mean over ``dims`` by ``weights`` (equal by default): that of the first so many channels alone, so
+    that vectors, or a table and its head, can be cut to them (Kusupati et al., 2022).
+
+    ``dims``, widest first, begin with all of the model's channels; by default these are ``depth`` halvings, rounded to
+    multiples of 8. ``start`` is the share of the run at which it begins.
+    """
+
+    dims: tuple[Width, ...] | None = None
+    depth: int = Field(default=6, ge=2, le=16)
+    weights: tuple[Positive, ...] | None = None
+    start: Share = 0.0
+
+    @model_validator(mode="after")
+    def _nested(self) -> MatryoshkaSettings:
+        dims = self.dims
+        if dims is not None and (len(dims) < 2 or list(dims) != sorted(set(dims), reverse=True)):
+            raise ValueError(f"dims: expected two or more, widest first, got {list(dims)}")
+        depths = self.depth if dims is None else len(dims)
+        if self.weights is not None and len(self.weights) != depths:
+            raise ValueError(f"weights: expected one for each of {depths} dims, got {len(self.weights)}")
+        return self
+
+
+class ContrastiveSettings(Section):
+    """An encoder is trained on pairs: of the positives in its batch a query is to find its own (van den Oord et al.,
+    2018; Henderson et al., 2017), by a softmax over cosines times ``scale``; ``symmetric``: positives find their
+    queries as well.
+
+    Pairs are records with two ``columns``, query and positive, or are taken from Python files (.py): the first sentence
+    of a function's docstring, and the function without it. Queries are cut at ``query_length`` tokens, positives at
+    ``data.length``.
+    """
+
+    scale: float = Field(default=20.0, gt=0, le=1000)
+    symmetric: bool = False
+    query_length: int = Field(default=64, ge=2)
+    columns: tuple[str, str] = ("query", "positive")
+
+
 class PassSettings(Section):
     """What is trained in the loop, each by its settings; none is off."""
 
@@ -233,6 +286,7 @@ class PassSettings(Section):
     dkm: DkmSettings | None = None
     lora: LoraSettings | None = None
     distill: DistillSettings | None = None
+    matryoshka: MatryoshkaSettings | None = None
 
     @model_validator(mode="after")
     def _fit_together(self) -> PassSettings:
@@ -301,12 +355,14 @@ class EarlyStopping(Section):
 
 
 class TrainConfig(Section):
-    """A training run; everything it writes goes below ``output``."""
+    """A training run; everything it writes goes below ``output``. With ``contrastive`` it trains an encoder, without a
+    causal language model."""
 
     output: str
     seed: int = Field(default=0, ge=0, lt=1 << 32)
     model: ModelSettings
     data: DataSettings
+    contrastive: ContrastiveSettings | None = None
     optimization: OptimizationSettings
     schedule: ScheduleSettings = ScheduleSettings()
     precision: PrecisionSettings = PrecisionSettings()
@@ -326,7 +382,26 @@ class TrainConfig(Section):
             )
         if self.early_stopping is not None and not (self.validation.every and self.checkpoint.best):
             raise ValueError("early_stopping needs validation.every above 0, and checkpoint.best")
+        if self.contrastive is not None:
+            _check_contrastive(self)
         return self
+
+
+def _check_contrastive(config: TrainConfig) -> None:
+    """Raises ``ValueError`` for what is a language model's alone."""
+    passes = [name for name in COMPONENTS if name != "matryoshka" and getattr(config.passes, name) is not None]
+    unfit = {f"passes.{name}": True for name in passes} | {
+        "model.architecture": config.model.architecture is not None,
+        "model.tokenizer": config.model.tokenizer is not None,
+        "metrics.samples": bool(config.metrics.samples),
+        "metrics.export": config.metrics.export,
+        "precision.compile true": config.precision.compile is True,
+        "precision.operators true": config.precision.operators is True,
+    }
+    if names := [name for name, given in unfit.items() if given]:
+        raise ValueError(f"contrastive trains an existing encoder as it reads texts, without {', '.join(names)}")
+    if config.optimization.batch < 2:
+        raise ValueError("contrastive needs optimization.batch of at least 2: negatives are the other pairs' positives")
 
 
 def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:

@@ -68,6 +68,8 @@ def read_corpus(settings: DataSettings) -> Corpus:
         documents = [*train, *validation]
     elif settings.hold_out:
         train, validation = _held_out(documents, settings.hold_out)
+    elif settings.hold_out_groups is not None:
+        train, validation = _groups(documents, settings.hold_out_groups)
     else:
         train, validation = _every(documents, settings.validation_share)
     digest = hashlib.sha256()
@@ -91,6 +93,25 @@ def _held_out(documents: Sequence[Document], patterns: Sequence[str]) -> tuple[l
         (held if matches else train).append(document)
     if not train:
         raise ConfigError(f"data.hold_out: the patterns match all {len(documents)} documents, none is left to train on")
+    return train, held
+
+
+def group_is_held_out(name: str, groups: int) -> bool:
+    """Whether documents called as ``name`` is ("json/decoder.py") are among the one group in ``groups`` that is held
+    out: by the first byte of the SHA-256 of the first part of the name without its suffix."""
+    group = name.partition("/")[0].partition(".")[0]
+    return hashlib.sha256(group.encode("utf-8")).digest()[0] % groups == 0
+
+
+def _groups(documents: Sequence[Document], groups: int) -> tuple[list[Document], list[Document]]:
+    train = [document for document in documents if not group_is_held_out(document.name, groups)]
+    held = [document for document in documents if group_is_held_out(document.name, groups)]
+    if not train or not held:
+        raise ConfigError(
+            f"data.hold_out_groups: of {len(documents)} documents {len(train)} are left to train on and {len(held)} "
+            "are held out, expected some of both",
+            hint="documents of one directory or file are one group; name those to hold out in hold_out",
+        )
     return train, held
 
 

@@ -28,6 +28,7 @@ from ryzen_compile.train.metrics import BatchMetrics, MetricsCollector
 from ryzen_compile.train.objective import Objective
 from ryzen_compile.train.plan import Plan, Rows
 from ryzen_compile.train.progress import NEVER, Progress
+from ryzen_compile.train.retention import Figures
 from ryzen_compile.train.run_state import (
     component_states,
     model_tensors,
@@ -96,10 +97,12 @@ class Trainer:
         collector: MetricsCollector | None,
         watcher: Watcher | None = None,
         samples: Callable[[int], None] | None = None,
+        depths: Callable[[], Figures] | None = None,
     ) -> None:
         self.config, self.mode, self.rows, self.plan = config, mode, rows, plan
         self.objective, self.controller, self.progress = objective, controller, Progress()
         self._accelerator, self._collector, self._watcher, self._samples = accelerator, collector, watcher, samples
+        self._depths = depths
         self._checkpoints, self._saved = checkpoints, NEVER
         self._module, *prepared = accelerator.prepare(objective, *optimizers)
         self._optimizers: list[Any] = prepared
@@ -281,7 +284,8 @@ class Trainer:
     def _validated(self, scores: Scores) -> bool:
         """Takes note; whether a run that is stopped early would have to end with the model as it is."""
         if self._collector is not None:
-            self._hear(self._collector.validation(self.step, scores.loss, scores.accuracy))
+            depths = {} if self._depths is None else self._depths()
+            self._hear(self._collector.validation(self.step, scores.loss, scores.accuracy, depths))
         self._tell(f"step {self.step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}")
         if self._samples is not None:
             self._samples(self.step)

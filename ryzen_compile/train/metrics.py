@@ -5,7 +5,7 @@ has "kind", "step" (steps done, 1 after the first) and "time" (seconds since 197
 
     batch       epoch, tokens, loss, accuracy, learning_rate, gradient_norm, tokens_per_second, batch_seconds,
                 memory_bytes: the fields of ``BatchMetrics``
-    validation  loss, accuracy
+    validation  loss, accuracy, depths
     epoch       the fields of ``EpochMetrics``
     event       event (what), facts (about it); "resume" has from_step, dropped and unreadable (lines)
     anomaly     anomaly (its kind), value, expected, message
@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -135,10 +136,20 @@ class MetricsCollector:
         self._track("train", metrics.step, asdict(metrics))
         return self._flagged(self._detector.observe(metrics))
 
-    def validation(self, step: int, loss: float, accuracy: float | None) -> list[Anomaly]:
-        """Records the loss (nats per token) and accuracy on the validation text after ``step``."""
-        self._write(_record(ValidationRecord, step=step, loss=loss, accuracy=accuracy))
+    def validation(
+        self,
+        step: int,
+        loss: float,
+        accuracy: float | None,
+        depths: Mapping[int, Mapping[str, float]] = MappingProxyType({}),
+    ) -> list[Anomaly]:
+        """Records the loss (nats per token) and accuracy on the validation text after ``step``, and what
+        ``retention`` measured at each of ``depths``."""
+        figures = {str(dim): dict(values) for dim, values in depths.items()}
+        self._write(_record(ValidationRecord, step=step, loss=loss, accuracy=accuracy, depths=figures))
         self._track("validation", step, {"loss": loss, "accuracy": accuracy})
+        for dim, values in figures.items():
+            self._track(f"validation/{dim}", step, values)
         return self._flagged(self._detector.validation(step, loss, accuracy))
 
     def epoch(self, metrics: EpochMetrics) -> None:

@@ -1,4 +1,5 @@
-"""What a training run records, and the report made of it: every field, its unit and its meaning.
+"""What a training run records, and the report made of it: every field, its unit and its meaning. A contrastive run has
+pairs where tokens are said.
 
 Records are the lines of ``metrics.jsonl``: strict JSON, one object a line, told apart by ``kind``. Numbers that JSON
 lacks are the strings "NaN", "Infinity" and "-Infinity". ``Report`` is ``training_metrics_report.json``
@@ -46,11 +47,14 @@ class BatchRecord(Record):
 
 
 class ValidationRecord(Record):
-    """The held-out text."""
+    """The held-out text, or pairs."""
 
     kind: Literal["validation"] = "validation"
     loss: Number = Field(description="nats per token")
     accuracy: Number | None = Field(description="share of tokens that were the most likely ones")
+    depths: dict[str, dict[str, Number]] = Field(
+        default={}, description="by the number of first channels: figures of vectors cut to them"
+    )
 
 
 class EpochRecord(Record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,16 +39,34 @@ def prepare_tokenizer(settings: ModelSettings, texts: Sequence[str]) -> PreTrain
 def prepare_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """The model to train, in float32; a new one has the weights that ``seed`` gives.
 
-    Raises ``ConfigError`` for an architecture that transformers does not know or that has settings it does not, and for
-    a vocabulary smaller than the tokenizer's; and what loading a directory raises.
+    Raises ``ConfigError`` for an architecture that transformers does not know or that has settings it does not; and
+    what loading a directory and ``ready`` raise.
     """
     if settings.path is not None:
         model = load_model(resolve(settings.path))[0]
     else:
         model = _new_model(settings.architecture or {}, tokenizer, seed)
+    return ready(model, tokenizer, settings.freeze or ())
+
+
+def ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, freeze: Sequence[str]) -> PreTrainedModel:
+    """The model to train, less the parameters whose names match a pattern of ``freeze``.
+
+    Raises ``ConfigError`` for a vocabulary smaller than the tokenizer's, and for a pattern that matches nothing.
+    """
     vocab = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocab:
         raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model's table {vocab} rows")
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in freeze:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise ConfigError(
+                f"model.freeze: {shown(pattern)} matches none of {len(names)} parameters",
+                hint=f"names are like {shown(names[0])}",
+            )
+        for name in matching:
+            model.get_parameter(name).requires_grad_(requires_grad=False)
     return model.train()
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ryzen_compile.train.depths import Depths
 from ryzen_compile.train.fused import FusedBackbone
 from ryzen_compile.train.token_loss import Teaching, TokenLoss, token_loss
 
@@ -46,7 +47,9 @@ class Teacher:
 class Objective(nn.Module):
     """``forward(rows (B, T + 1) int64) -> TokenLoss``: each token of a row predicts the next one.
 
-    ``model`` is a transformers causal LM, and the only submodule: its parameters are this module's.
+    ``model`` is a transformers causal LM, and the only submodule: its parameters are this module's. With ``depths`` the
+    loss is a weighted mean of that and of the losses of the first channels of hidden states and head, which are the
+    text's alone; it needs logits that are their product.
     """
 
     def __init__(self, model: nn.Module, levers: Levers, teacher: Teacher | None = None) -> None:
@@ -55,6 +58,18 @@ class Objective(nn.Module):
         self.levers = levers
         self._hidden: dict[str, Any] = {}  # not submodules: the teacher is not trained, compiled code is the model's
         self._hidden["teacher"] = teacher
+        self.depths: Depths | None = None
+
+    @property
+    def channels(self) -> int:
+        """C, of the vectors that depths cut."""
+        return int(self.head.shape[1])
+
+    @property
+    def head(self) -> Tensor:
+        """(V, C), the weight that logits are a product with."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
 
     @property
     def teacher(self) -> Teacher | None:
@@ -120,25 +135,43 @@ class Objective(nn.Module):
             return False
         return torch.equal(logits, products[0]) and torch.allclose(hidden, read[0], rtol=AGREEMENT, atol=AGREEMENT)
 
-    def _from_hidden(self, ids: Tensor, labels: Tensor) -> TokenLoss:
+    def hidden(self, ids: Tensor) -> Tensor:
+        """(B, T, C), what the head reads."""
         if self.levers.operators:
-            hidden = self._hidden["fused"](ids, self.levers.dtype, compiled=self.levers.compiled).flatten(0, 1)
-        else:
-            backbone = self._backbone(self.levers.compiled)
-            hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            found: Tensor = self._hidden["fused"](ids, self.levers.dtype, compiled=self.levers.compiled)
+            return found
+        backbone = self._backbone(self.levers.compiled)
+        states: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        return states
+
+    def _from_hidden(self, ids: Tensor, labels: Tensor) -> TokenLoss:
+        hidden, head = self.hidden(ids).flatten(0, 1).to(self.levers.dtype), self.head
         teaching = None
         if self.teacher is not None:
             taught: Any = self.teacher.model
             with torch.no_grad():
                 theirs = taught.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-            head = taught.get_output_embeddings().weight
+            theirs_head = taught.get_output_embeddings().weight.detach()
             teaching = Teaching(
-                theirs.to(self.levers.dtype), head.detach(), self.teacher.weight, self.teacher.temperature
+                theirs.to(self.levers.dtype), theirs_head, self.teacher.weight, self.teacher.temperature
             )
-        return token_loss(hidden.to(self.levers.dtype), self.model.get_output_embeddings().weight, labels, teaching)
+        whole = token_loss(hidden, head, labels, teaching)
+        if self.depths is None:
+            return whole
+        return self.depths.joined(whole, lambda dim: token_loss(hidden[:, :dim], head[:, :dim], labels).loss)
 
     def _from_logits(self, ids: Tensor, labels: Tensor) -> TokenLoss:
-        logits = self._logits(self._compiled_model() if self.levers.compiled else self.model, ids).flatten(0, 1)
+        if self.depths is None:
+            model = self._compiled_model() if self.levers.compiled else self.model
+            return self._of_logits(self._logits(model, ids).flatten(0, 1), ids, labels)
+        hidden, head = self.hidden(ids).flatten(0, 1), self.head
+        whole = self._of_logits(functional.linear(hidden, head).float(), ids, labels)
+        return self.depths.joined(
+            whole,
+            lambda dim: functional.cross_entropy(functional.linear(hidden[:, :dim], head[:, :dim]).float(), labels),
+        )
+
+    def _of_logits(self, logits: Tensor, ids: Tensor, labels: Tensor) -> TokenLoss:
         text = functional.cross_entropy(logits, labels)
         guess = logits.detach().argmax(-1)
         correct, agreed = (guess == labels).sum(), labels.new_zeros(())

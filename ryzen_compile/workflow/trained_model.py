@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.recipe_file import CODES_NAME, RECIPE_NAME, recipe_text
+from ryzen_compile.recipe_file import CODES_NAME, DIMS_NAME, RECIPE_NAME, dims_text, recipe_text
+from ryzen_compile.sentence_layout import write_layout
 from ryzen_compile.train.distill import DistillComponent
 from ryzen_compile.train.dkm_table import DkmComponent
+from ryzen_compile.train.matryoshka import MatryoshkaComponent
 from ryzen_compile.train.model import save_model
 from ryzen_compile.train.table_file import save_table
 from ryzen_compile.workflow.exported import trained_recipe
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ryzen_compile.numerics.codebook import CodebookTensor
+    from ryzen_compile.spec import EncoderSettings
     from ryzen_compile.train.component import Component
 
 
@@ -27,13 +30,17 @@ def save_trained(
     out: Path,
     dtype: str,
     card: str,
+    encoder: EncoderSettings | None = None,
 ) -> None:
-    """Detaches the components and writes ``model`` to ``out``, with ``card`` as its README.md.
+    """Detaches the components and writes ``model`` to ``out``, with ``card`` as its README.md; an ``encoder``
+    in the layout of sentence-transformers.
 
-    Beside the weights lie the recipe that they were trained for, if it is a particular one, and a trained table of
-    codes. A draft model says in its generation configuration how many tokens are worth drafting.
+    Beside the weights lie the recipe that they were trained for, if it is a particular one, the dims to which vectors
+    can be cut, and a trained table of codes. A draft model says in its generation configuration how many tokens are
+    worth drafting.
     """
     recipe = trained_recipe(components)
+    dims = [c.depths.dims for c in components if isinstance(c, MatryoshkaComponent) and c.active]
     tables: list[tuple[str, CodebookTensor]] = []
     for component in components:
         if isinstance(component, DkmComponent) and component.active:
@@ -48,6 +55,10 @@ def save_trained(
         (directory / "README.md").write_text(card, encoding="utf-8")
         if recipe is not None:
             (directory / RECIPE_NAME).write_text(recipe_text(recipe), encoding="utf-8")
+        if dims:
+            (directory / DIMS_NAME).write_text(dims_text(dims[0]), encoding="utf-8")
+        if encoder is not None:
+            write_layout(directory, encoder, hidden=model.config.hidden_size)
         for name, tensor in tables:
             save_table(directory / CODES_NAME, name, tensor, parameters[name])
 

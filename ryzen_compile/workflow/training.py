@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.backends import get_backend
-from ryzen_compile.errors import CaptureError, ConfigError, UnsupportedError
+from ryzen_compile.errors import ConfigError
 from ryzen_compile.manifest import shown_path
-from ryzen_compile.train.config import Mode, PassSettings, TrainConfig
+from ryzen_compile.train.config import ContrastiveSettings, Mode, TrainConfig
+from ryzen_compile.workflow.levers import checked_levers, fused_levers, tell, wanted_levers
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ryzen_compile.spec import EncoderSettings
     from ryzen_compile.train.checkpoint import Checkpoints, Snapshot
     from ryzen_compile.train.component import Component
     from ryzen_compile.train.documents import Corpus
     from ryzen_compile.train.loop import Trainer, TrainingResult, Watcher
     from ryzen_compile.train.metrics import MetricsCollector
-    from ryzen_compile.train.objective import Levers, Objective
+    from ryzen_compile.train.objective import Objective
     from ryzen_compile.train.plan import Rows
+    from ryzen_compile.train.retention import Figures, Retention
 
 MODEL = "model"  # the folder of the trained model, below that of the run
 CHECKPOINTS = "checkpoints"
@@ -34,12 +36,14 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """``directory`` holds the model, checkpoints and metrics of the run; ``result`` says how it went."""
+    """``directory`` holds the model, checkpoints and metrics of the run; ``result`` says how it went, ``depths`` what
+    is left of vectors that are cut, before and after."""
 
     directory: Path
     mode: Mode
     result: TrainingResult
     main: bool = True  # of several processes, the one that tells
+    depths: Mapping[str, Figures] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """What is printed and reported of it, JSON."""
@@ -55,7 +59,7 @@ class FinishedRun:
             "seconds": result.seconds,
             "stopped": result.stopped,
             "model": str(self.directory / MODEL),
-        }
+        } | ({"depths": _plain(self.depths)} if self.depths else {})
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is ready to begin, or to go on behind ``snapshot``; ``collector`` is the main process's."""
+    """A run that is ready to begin, or to go on behind ``snapshot``; ``collector`` is the main process's.
+    ``encoder`` says how an encoder's texts become vectors, ``retention`` measures vectors that are cut."""
 
     directory: Path
     trainer: Trainer
@@ -78,6 +83,8 @@ class Run:
     components: Sequence[Component]
     snapshot: Snapshot | None
     collector: MetricsCollector | None
+    encoder: EncoderSettings | None = None
+    retention: Retention | None = None
 
 
 def train(
@@ -91,15 +98,20 @@ def train(
     """
     from ryzen_compile.train.distributed import whole_model
     from ryzen_compile.workflow.card import model_card
+    from ryzen_compile.workflow.depth_figures import depth_figures, record_untrained
     from ryzen_compile.workflow.trained_model import save_trained
 
     with open_run(config, mode, resume=resume, watcher=watcher) as run:
-        finished = FinishedRun(run.directory, mode, run.trainer.fit(run.snapshot), run.collector is not None)
+        if run.snapshot is None:
+            record_untrained(run.retention, run.collector)
+        result = run.trainer.fit(run.snapshot)
+        depths = depth_figures(run.retention, run.directory)
+        finished = FinishedRun(run.directory, mode, result, run.collector is not None, depths)
         model = whole_model(run.model)
         if run.collector is not None:
-            card = model_card(config, mode, finished.result, model, run.text.corpus, run.text.rows)
+            card = model_card(config, mode, finished.result, model, run.text.corpus, run.text.rows, depths)
             target = run.directory / MODEL
-            save_trained(model, run.text.tokenizer, run.components, target, config.save_dtype, card)
+            save_trained(model, run.text.tokenizer, run.components, target, config.save_dtype, card, run.encoder)
             run.collector.finish(finished.summary())
         run.trainer.wait_for_everyone()
     return finished
@@ -118,10 +130,9 @@ def open_run(
     from ryzen_compile.train.controller import OptimizationController
     from ryzen_compile.train.loop import Trainer, refuse_other_run
     from ryzen_compile.train.metrics import MetricsCollector
-    from ryzen_compile.train.model import prepare_model
-    from ryzen_compile.train.objective import Objective
     from ryzen_compile.train.optimizer import hidden_matrices, make_optimizers
     from ryzen_compile.train.plan import make_plan
+    from ryzen_compile.workflow.depth_figures import open_retention
     from ryzen_compile.workflow.exported import exported_speed
     from ryzen_compile.workflow.samples import Samples
 
@@ -137,12 +148,10 @@ def open_run(
     plan = make_plan(config, mode, text.rows, accelerator.num_processes)
     if snapshot is not None:  # before its records are touched
         refuse_other_run(snapshot, config, mode, plan, text.rows)
-    model = prepare_model(config.model, text.tokenizer, config.seed)
+    objective, encoder = _objective(config, mode, text, accelerator.device, watcher)
+    model = objective.model
     hidden = hidden_matrices(model)
-    objective = Objective(model, _levers(config, mode, accelerator.device))
     context = context_of(model, config.data.length)
-    objective.levers = checked_levers(objective, text.rows.train[:1].long(), watcher)
-    objective.levers = fused_levers(objective, config.passes, accelerator.device, watcher)
     components = make_components(config.passes, objective, text.tokenizer)
     step = None if not resume else 0 if snapshot is None else snapshot.step
     with closing(MetricsCollector(directory, config.metrics, resume_step=step)) if main else nullcontext() as collector:
@@ -152,10 +161,12 @@ def open_run(
             model,
             objective,
             collector,
-            partial(_tell, watcher),
+            partial(tell, watcher),
             measure_export=partial(exported_speed, components=components) if config.metrics.export else None,
         )
         model.to(accelerator.device)  # components read off a capture what they stand in for, which runs on the CPU
+        alone = None if accelerator.num_processes > 1 else collector  # what one process measures without the others
+        retention = None if alone is None else open_retention(config, objective, components, text.rows)
         extra = [parameter for _, own in controller.own_parameters() for parameter in own]
         trainer = Trainer(
             config,
@@ -170,12 +181,39 @@ def open_run(
             collector=collector,
             watcher=watcher,
             samples=None
-            if collector is None or accelerator.num_processes > 1  # a sharded model generates on all of them or on none
-            else Samples(
-                model, text.tokenizer, collector, config.metrics.samples, config.metrics.sample_tokens, context
-            ),
+            if alone is None  # a sharded model generates on all of them or on none
+            else Samples(model, text.tokenizer, alone, config.metrics.samples, config.metrics.sample_tokens, context),
+            depths=None if retention is None else retention.figures,
         )
-        yield Run(directory, trainer, model, text, components, snapshot, collector)
+        yield Run(directory, trainer, model, text, components, snapshot, collector, encoder, retention)
+
+
+def _plain(depths: Mapping[str, Figures]) -> dict[str, Any]:
+    """As JSON has it: the keys of objects are strings."""
+    return {name: {str(dim): dict(values) for dim, values in found.items()} for name, found in depths.items()}
+
+
+def _objective(
+    config: TrainConfig, mode: Mode, text: Text, device: torch.device, watcher: Watcher | None
+) -> tuple[Objective, EncoderSettings | None]:
+    """Over the model that ``config`` names, with the levers that work; and an encoder's settings."""
+    from ryzen_compile.train.contrastive import ContrastiveObjective
+    from ryzen_compile.train.encoder import prepare_encoder
+    from ryzen_compile.train.model import prepare_model
+    from ryzen_compile.train.objective import Objective
+    from ryzen_compile.train.pairs import PairRows
+
+    levers, rows = wanted_levers(config, mode, device), text.rows
+    if (pairs := config.contrastive) is not None and isinstance(rows, PairRows):
+        model, encoder = prepare_encoder(config.model, text.tokenizer, max(config.data.length, pairs.query_length))
+        found = ContrastiveObjective(
+            model, levers, encoder.pooling, rows.columns, scale=pairs.scale, symmetric=pairs.symmetric
+        )
+        return found, encoder
+    objective = Objective(prepare_model(config.model, text.tokenizer, config.seed), levers)
+    objective.levers = checked_levers(objective, rows.train[:1].long(), watcher)
+    objective.levers = fused_levers(objective, config.passes, device, watcher)
+    return objective, None
 
 
 def prepare_text(config: TrainConfig, mode: Mode = "optimized", watcher: Watcher | None = None) -> Text:
@@ -185,6 +223,8 @@ def prepare_text(config: TrainConfig, mode: Mode = "optimized", watcher: Watcher
     from ryzen_compile.train.packing import pack
     from ryzen_compile.train.plan import TEST_ROWS, TEST_VALIDATION_ROWS, Rows
 
+    if config.contrastive is not None:
+        return _prepare_pairs(config, config.contrastive, mode, watcher)
     corpus = read_corpus(config.data)
     tokenizer = prepare_tokenizer(config.model, [document.text for document in corpus.train])
     length = config.data.length
@@ -194,12 +234,25 @@ def prepare_text(config: TrainConfig, mode: Mode = "optimized", watcher: Watcher
         pack([document.text for document in corpus.validation], tokenizer, length, tokens=most_validated),
         hashlib.sha256(f"{corpus.digest} {sorted(tokenizer.get_vocab().items())}".encode()).hexdigest(),
     )
-    _tell(
+    tell(
         watcher,
         f"{len(corpus.train)} documents, {len(rows.train) * length:,} tokens to train on, "
         f"{len(rows.validation) * length:,} to validate on",
     )
     return Text(corpus, tokenizer, rows)
+
+
+def _prepare_pairs(config: TrainConfig, settings: ContrastiveSettings, mode: Mode, watcher: Watcher | None) -> Text:
+    from ryzen_compile.train.encoder import prepare_reading, prompted
+    from ryzen_compile.train.pairs import make_rows, read_pairs
+    from ryzen_compile.train.plan import TEST_ROWS, TEST_VALIDATION_ROWS
+
+    tokenizer, reading = prepare_reading(config.model)
+    pairs = prompted(read_pairs(config.data, settings), reading)
+    most = (TEST_ROWS, TEST_VALIDATION_ROWS) if mode == "test" else (None, None)
+    rows = make_rows(pairs, tokenizer, settings.query_length, config.data.length, most=most)
+    tell(watcher, f"{len(rows.train):,} pairs to train on, {len(rows.validation):,} to validate on")
+    return Text(pairs.corpus, tokenizer, rows)
 
 
 def _snapshot(
@@ -219,67 +272,8 @@ def _snapshot(
         raise ConfigError(f"{shown_path(directory)} holds no run to resume", hint="start it without --resume")
     snapshot = checkpoints.newest()
     if snapshot is None:
-        _tell(watcher, "no checkpoint yet: starting at step 0")
+        tell(watcher, "no checkpoint yet: starting at step 0")
     return snapshot
-
-
-def checked_levers(objective: Objective, rows: torch.Tensor, watcher: Watcher | None = None) -> Levers:
-    """The objective's levers less those that do not work here, each with a word to ``watcher``.
-
-    ``rows`` (1, T + 1) are some to try on.
-    """
-    from ryzen_compile.train.objective import compiler_works
-
-    levers = objective.levers
-    if levers.linear_cross_entropy and not objective.logits_are_a_product(rows):
-        _tell(watcher, "loss without logits: off, the model's logits are more than its head's product")
-        levers = replace(levers, linear_cross_entropy=False, operators=False)
-    if levers.compiled and (reason := compiler_works()):
-        _tell(watcher, f"compiled code: off, {reason}")
-        levers = replace(levers, compiled=False)
-    return levers
-
-
-def fused_levers(objective: Objective, passes: PassSettings, device: torch.device, watcher: Watcher | None) -> Levers:
-    """The objective's levers, without fused operators where they cannot be had."""
-    from ryzen_compile.train.config import STANDING_IN
-
-    levers = objective.levers
-    if not levers.operators:
-        return levers
-    reason = next((f"{name} stands in for weights" for name in STANDING_IN if getattr(passes, name) is not None), "")
-    if not levers.linear_cross_entropy:
-        reason = "the loss reads logits"
-    if not reason:
-        try:
-            objective.fuse(device)
-            if device.type == "cuda":
-                from ryzen_compile.backends.triton import TritonBackend
-
-                TritonBackend().attach()
-        except (UnsupportedError, CaptureError) as error:
-            reason = error.message
-    if reason:
-        _tell(watcher, f"fused operators: off, {reason}")
-    return replace(levers, operators=not reason)
-
-
-def _levers(config: TrainConfig, mode: Mode, device: torch.device) -> Levers:
-    import torch
-
-    from ryzen_compile.train.objective import Levers, fast_half
-
-    if mode == "baseline":
-        return Levers()
-    wanted = config.precision.dtype
-    if wanted == "auto":
-        wanted = "bf16" if fast_half(device) else "fp32"
-    dtype = torch.bfloat16 if wanted == "bf16" else torch.float32
-    compiled = config.precision.compile is not False and mode != "test"
-    operators = config.precision.operators
-    if operators == "auto":
-        operators = device.type == "cuda" and get_backend("triton").probe().available
-    return Levers(dtype, config.precision.linear_cross_entropy, compiled, operators)
 
 
 def _refuse_sharding(accelerator: Any, config: TrainConfig) -> None:
@@ -289,6 +283,8 @@ def _refuse_sharding(accelerator: Any, config: TrainConfig) -> None:
     if str(accelerator.distributed_type).rpartition(".")[2] != "FSDP":
         return
     whole = [f"passes.{name}" for name in STANDING_IN if getattr(config.passes, name) is not None]
+    whole += ["contrastive"] * (config.contrastive is not None)
+    whole += ["passes.matryoshka"] * (config.passes.matryoshka is not None)
     if config.optimization.optimizer == "muon":
         whole.append("optimization.optimizer muon")
     if whole:
@@ -306,18 +302,14 @@ def _accelerator(config: TrainConfig, mode: Mode) -> Any:
     except ImportError as error:
         raise ConfigError("training needs the library accelerate", hint="pip install 'ryzen-compile[train]'") from error
     # What a component computes with depends on whether it is on: not every parameter has a gradient in every step.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=config.passes != type(config.passes)())
+    unused = config.passes != type(config.passes)() or config.contrastive is not None  # an encoder may have a pooler
+    kwargs = DistributedDataParallelKwargs(find_unused_parameters=unused)
     # Unless it is told that there is none, accelerate looks for a GPU before it lets processes share a run.
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[unused])
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[kwargs])
     if accelerator.gradient_accumulation_steps != 1:
         raise ConfigError(
             f"accelerate is told to accumulate {accelerator.gradient_accumulation_steps} batches as well",
             hint="set optimization.accumulate, and unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
         )
     return accelerator
-
-
-def _tell(watcher: Watcher | None, text: str) -> None:
-    if watcher is not None:
-        watcher.event(text)

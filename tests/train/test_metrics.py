@@ -88,7 +88,7 @@ def test_every_kind_of_record_is_written_at_once(tmp_path: Path) -> None:
     batch, validation, whole, event, sample = lines(directory)
     assert all(isinstance(line.pop("time"), float) for line in (batch, validation, whole, event, sample))
     assert batch == {"kind": "batch", **asdict(step(1))}
-    assert validation == {"kind": "validation", "step": 1, "loss": 2.5, "accuracy": None}
+    assert validation == {"kind": "validation", "step": 1, "loss": 2.5, "accuracy": None, "depths": {}}
     assert whole["speedups"] == {"compile": 1.5} and whole["quality"] == {"qat": -0.01} and whole["active"] == ["qat"]
     assert whole["settings"] == {"qat": {"bits": [4, 3], "path": "x"}} and whole["ttft_seconds"] is None
     facts = {"component": "qat", "rise": "Infinity", "step": 7, "kind": "loss", "stages": [1, None, "x"]}
