@@ -194,11 +194,13 @@ class KVCache:
         """
         if not 0 <= index < self.batch:
             raise UsageError(f"there is no row {index} in a cache of {self.batch} rows")
-        picked = slice(index, index + 1)
-        view = self._derive(self.lengths[picked], self._shares_pages[picked], is_view=True)
-        view.keys = [key[picked] for key in self.keys]
-        view.values = [value[picked] for value in self.values]
-        return view
+        return self._view(slice(index, index + 1))
+
+    def head(self, rows: int) -> KVCache:
+        """The first ``rows`` rows as a cache over the same storage, as ``row`` is of one."""
+        if not 1 <= rows <= self.batch:
+            raise UsageError(f"a cache of {self.batch} rows has no first {rows}")
+        return self._view(slice(0, rows))
 
     def fork(self, copies: int, *, room: int | None = None) -> KVCache:
         """This cache, of batch 1, copied to ``copies`` independent rows; as ``select`` with that row repeated."""
@@ -230,6 +232,12 @@ class KVCache:
             picked.keys.append(keys)
             picked.values.append(values)
         return picked
+
+    def _view(self, rows: slice) -> KVCache:
+        view = self._derive(self.lengths[rows], self._shares_pages[rows], is_view=True)
+        view.keys = [key[rows] for key in self.keys]
+        view.values = [value[rows] for value in self.values]
+        return view
 
     def _check_droppable(self, kept: np.ndarray) -> None:
         for slot in self.slots:

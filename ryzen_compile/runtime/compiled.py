@@ -26,6 +26,8 @@ from ryzen_compile.runtime.cache import KVCache
 from ryzen_compile.runtime.engine import Engine
 from ryzen_compile.runtime.generate import GenerationStats, generate, read
 from ryzen_compile.runtime.guard import Guard
+from ryzen_compile.runtime.paths.prompts import as_prompts
+from ryzen_compile.runtime.paths.scheduler import generate_paths
 from ryzen_compile.runtime.pool import CachePool
 from ryzen_compile.runtime.prefix import PrefixStore
 from ryzen_compile.runtime.prompt_cache import PromptCache, load_prompt_cache, save_prompt_cache
@@ -173,6 +175,27 @@ class CompiledModel:
             if speculation is not None:
                 self.speculation.add(arguments["stats"].speculation)
             return result
+
+    def generate_paths(self, prompt: Any = None, n: int = 3, **arguments: Any) -> Any:
+        """``n`` sampled continuations of one prompt, stepped together: a ``PathsResult`` with all and the winner.
+
+        ``prompt`` is a text, token ids ``(T,)`` or ``(1, T)``, or None for BOS; a list of texts or of ids gives a list
+        of results, whose paths are stepped together. ``max_depth`` (default 5) boundaries, each behind ``step_tokens``
+        tokens or one of ``step_strings``, prune and fork; ``verifier`` judges texts, ``vote`` and ``answer`` say who
+        wins, ``stop`` and ``budget`` when it is enough: ``runtime.paths.settings.Search`` documents them all. Sampling
+        arguments are ``generate``'s, and ``do_sample`` is True. Each path has the tokens that ``generate`` gives it
+        alone with the seed in its result, on native operators; on ONNX Runtime's own up to roundings. It raises as
+        ``generate`` does.
+        """
+        if self.stream is not None:
+            raise UnsupportedError("generate_paths needs whole prompts in its cache, which a window does not keep")
+        prompts = as_prompts(prompt, self.tokenizer)
+        arguments.setdefault("tokenizer", self.tokenizer)
+        own, given = config_values(self.generation_config), config_values(arguments.pop("generation_config", None))
+        arguments |= {"generation_config": {**own, **given}, "pool": self.pool, "prefixes": self.prefixes}
+        with self._guard.entered("generate_paths"):
+            results = generate_paths(self.engine, prompts.ids, n, **arguments)
+        return results if prompts.several else results[0]
 
     def memory_breakdown(self, *, batch: int = 1, tokens: int = 0) -> MemoryBreakdown:
         """What a cache of ``batch`` rows of ``tokens`` tokens takes, by layer and kind, and what a token costs.

@@ -187,6 +187,19 @@ def read(
     return logits.copy()  # as the engine may reuse its output
 
 
+def read_reusing(
+    engine: Engine, row: KVCache, prompt: list[int], reuse: Reuse, *, chunk: int, stream: Stream | None = None
+) -> tuple[np.ndarray, int]:
+    """Fills an empty row with its prompt; returns the logits ``(V,)`` that follow it, and how much of it was known."""
+    tokens = np.array(prompt, dtype=np.int64)
+    # What is left has to be computed as it would be within the whole prompt.
+    known = reuse.fill(row, tokens[: max(1, len(tokens) - engine.prompt_from + 1)])
+    logits = read(engine, row, prompt, known=known, chunk=chunk, stream=stream)
+    if min(chunk, len(tokens) - known) >= engine.prompt_from:  # else it was computed in another way
+        reuse.learn(row, tokens)
+    return logits, known
+
+
 def _part(left: int, chunk: int, least: int, most: int) -> int:
     """How many of ``left`` tokens to step next: ``chunk``, or less or more of them so that no step is left with fewer
     than ``least``; never above ``most``, which may force one."""
@@ -262,7 +275,13 @@ class _Run:
         if self.show is not None:
             self.show(self.prompt.ids)
         began = time.perf_counter()
-        last = [self._read(cache.row(row), tokens, chunk) for row, tokens in enumerate(self.prompt.rows())]
+        last = []
+        for row, tokens in enumerate(self.prompt.rows()):
+            logits, known = read_reusing(
+                self.engine, cache.row(row), tokens, self.reuse, chunk=chunk, stream=self.stream
+            )
+            self.stats.reused_tokens += known
+            last.append(logits)
         self.stats.prefill_seconds = time.perf_counter() - began
         return np.stack(last)
 
@@ -272,17 +291,6 @@ class _Run:
         if self.stream is not None:
             room = self.stream.capacity - int(cache.lengths.max())
         return cache.select(np.repeat(np.arange(cache.batch), self.copies), room=room)
-
-    def _read(self, row: KVCache, prompt: list[int], chunk: int) -> np.ndarray:
-        """Fill an empty row with its prompt; returns the logits ``(V,)`` that follow it."""
-        tokens = np.array(prompt, dtype=np.int64)
-        # What is left has to be computed as it would be within the whole prompt.
-        known = self.reuse.fill(row, tokens[: max(1, len(tokens) - self.engine.prompt_from + 1)])
-        self.stats.reused_tokens += known
-        logits = read(self.engine, row, prompt, known=known, chunk=chunk, stream=self.stream)
-        if min(chunk, len(tokens) - known) >= self.engine.prompt_from:  # else it was computed in another way
-            self.reuse.learn(row, tokens)
-        return logits
 
     def decode(self, cache: KVCache, logits: np.ndarray, began: float) -> None:
         """Choose and step until every row is done or ``ids`` is full, from the ``logits`` ``(B, V)`` of the prompts."""
