@@ -13,6 +13,7 @@ import typer
 
 from ryzen_compile.cli import output
 from ryzen_compile.cli.failure import printable
+from ryzen_compile.cli.path_options import path_options, say_paths
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +65,19 @@ def generate(
         float | None,
         typer.Option(min=0, max=1, help="A drafting model stops behind a token less probable to it; default: 0.4."),
     ] = None,
+    paths: Annotated[int | None, typer.Option(min=1, help="Sample so many continuations together; one wins.")] = None,
+    vote: Annotated[str | None, typer.Option(help="Which path wins: majority (default) or best.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Pattern of what a majority votes on; default: the text.")] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(help="Judge paths: regex:PATTERN, json:SCHEMA.json, tests:FILE.py or program:COMMAND."),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Start no more paths once: first (one passes) or confident (votes are clear).")
+    ] = None,
+    step_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Every so many tokens, prune the worse paths and fork the better.")
+    ] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads of ONNX Runtime.")] = None,
     native: output.NativeFlag = None,
     no_digests: Annotated[bool, typer.Option("--no-digests", help="Do not hash the weights before use.")] = False,
@@ -76,6 +90,12 @@ def generate(
 
     if window is not None and (prompt_cache is not None or save_prompt_cache is not None):
         raise UsageError("a window does not keep whole prompts", hint="give either --window or a prompt cache")
+    search = path_options(
+        paths,
+        {"vote": vote, "answer": answer, "stop": until, "step_tokens": step_tokens},
+        verify,
+        apart={"--window": window, "--prompt-cache": prompt_cache or save_prompt_cache, "--speculate": speculate},
+    )
     speculation = _speculation(speculate, draft, draft_tokens, early_exit, corpus or [], draft_threshold)
     references = [_reference_text(source) for source in corpus or []]
     text = sys.stdin.read() if prompt is None else prompt
@@ -103,6 +123,9 @@ def generate(
         if speculation is not None:
             given["speculation"] = dataclasses.replace(speculation, corpus=_corpus(references, tokenizer))
             given["assistant_model"] = None if draft is None else stack.enter_context(opened(draft))
+        if search is not None:
+            say_paths(search.run(model, text, max_new_tokens=max_new_tokens, **given), as_json=as_json)
+            return
         ids = tokenizer(text)["input_ids"]
         given |= _prompt_cache(model, ids, prompt_cache, save_prompt_cache)
         stats, printer = GenerationStats(), None if as_json else _Printer(tokenizer)

@@ -358,3 +358,18 @@ def test_a_shared_budget_trims_and_refuses_what_others_leave_too_little_for() ->
         assert len(ledger.asked) == asked and cache.capacity == 11
     cache.require(11)
     cache.require(1, batch=1)
+
+
+def test_the_head_is_the_first_rows_over_the_same_storage() -> None:
+    cache = filled(3, 8, [2, 5, 3])
+    head = cache.head(2)
+    assert head.batch == 2 and head.lengths.tolist() == [2, 5]
+    assert all(np.shares_memory(mine, whole) for mine, whole in zip(head.keys, cache.keys, strict=True))
+    assert all(key.flags.c_contiguous for key in head.keys)
+    head.advance(1)
+    assert cache.lengths.tolist() == [3, 6, 3]
+    with pytest.raises(UsageError, match="cannot grow"):
+        head.reserve(9)
+    for rows in (0, 4):
+        with pytest.raises(UsageError, match=f"a cache of 3 rows has no first {rows}"):
+            cache.head(rows)

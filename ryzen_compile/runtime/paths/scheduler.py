@@ -8,13 +8,12 @@ others: native operators do to the bit, ONNX Runtime's own up to roundings.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any
-
-import numpy as np
 
 from ryzen_compile.errors import PromptError
 from ryzen_compile.runtime.arguments import Prompt, Settings, read_prompt
@@ -59,7 +58,7 @@ def generate_paths(
     on the others. Raises as ``generate`` does, and ``PromptError`` for a search that contradicts itself.
     """
     given = {name: kwargs.pop(name) for name in OWN if name in kwargs}
-    chosen = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if seed is None else seed
+    chosen = secrets.randbits(53) if seed is None else seed
     search = read_search(n, given | {"seed": chosen})
     settings = Settings(generation_config, {"do_sample": True, **kwargs}, engine.spec.vocab)
     if settings.copies != 1:

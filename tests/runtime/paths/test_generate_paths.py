@@ -85,7 +85,7 @@ def mean_log_probability(engine: TorchEngine, prompt: list[int], tokens: tuple[i
 @pytest.mark.parametrize("rows", [1, 5, 12])
 def test_other_prompts_and_rows_change_nothing(engine: TorchEngine, rows: int) -> None:
     together = generate_paths(engine, PROMPTS, 4, seed=5, tokenizer=TOKENIZER, rows=rows, **SAMPLED)
-    assert max(batch for batch, _ in engine.steps) in (rows, rows - 1), "one may end with its first token"
+    assert rows - 2 <= max(batch for batch, _ in engine.steps) <= rows, "some end with their first token"
     for prompt, result in zip(PROMPTS, together, strict=True):
         single = paths_of(engine, prompt, 4, seed=5, **SAMPLED)
         assert [path.tokens for path in single.paths] == [path.tokens for path in result.paths]
@@ -190,7 +190,7 @@ def test_the_tree_is_that_of_a_plain_search(engine: TorchEngine, kind: str, n: i
         result = paths_of(engine, n=n, step_strings="t", **given)
     else:
         if kind == "guided":
-            score = lambda tokens: share_of_s(TOKENIZER.decode(tokens))
+            score = lambda tokens: share_of_s(TOKENIZER.decode(tokens, skip_special_tokens=True))
             given["guide"] = share_of_s
         every = lambda tokens, depth: len(tokens) == 4 * (depth + 1)
         expected = searched(engine.model, n, 15, depth, every, score)
@@ -490,6 +490,6 @@ def test_known_prefixes_are_not_read_again(engine: TorchEngine) -> None:
 
 
 def test_path_seeds_are_fixed_and_all_different() -> None:
-    assert path_seed(0, 0) == 0xCA65717F56CF8F57784DFB2CDFF7B411
+    assert path_seed(0, 0) == 0xF09BF659BFEF6
     seeds = {path_seed(seed, index) for seed in (0, 1, 2**70) for index in range(100)}
-    assert len(seeds) == 300 and max(seeds) < 2**128
+    assert len(seeds) == 300 and max(seeds) < 2**53
