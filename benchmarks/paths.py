@@ -232,14 +232,14 @@ def passes(verdict: Verdict | None) -> bool:
 
 
 def report_worth(rows: list[dict[str, Any]]) -> None:
-    print("\n| family | one path passes |", *(f"best of {n} |" for n in COUNTS[1:]))
-    print("|---|---:|", *("---:|" for _ in COUNTS[1:]))
+    print("\n| family | one path passes |", *(f"best of {n} |" for n in COUNTS))
+    print("|---|---:|", *("---:|" for _ in COUNTS))
     for family in (*FAMILIES, "all"):
         own = [row for row in rows if family in (row["family"], "all")]
         if not own:
             continue
         single = statistics.mean(int(one) for row in own for one in row["passed"])
-        found = [sum("1" in row["passed"][:n] for row in own) for n in COUNTS[1:]]
+        found = [sum("1" in row["passed"][:n] for row in own) for n in COUNTS]
         shown = (f"{100 * k / len(own):.0f} % ({wilson(k, len(own))}) |" for k in found)
         print(f"| {family}, {len(own)} tasks | {100 * single:.0f} % |", *shown)
     total, most = len(rows), max(COUNTS)

@@ -73,8 +73,7 @@ def candidates(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, 
     scaled = scores if params.temperature in (0, 1) else scores / np.float32(params.temperature)
     lowest = np.float32(np.finfo(np.float32).min)  # leaves out -inf
     if 0 < params.top_k < len(scaled):
-        place = len(scaled) - params.top_k
-        lowest = max(lowest, np.partition(scaled, place)[place])
+        lowest = max(lowest, _kth_highest(scaled, params.top_k))
     ids = np.flatnonzero(scaled >= lowest)
     kept = scaled[ids]
     if params.top_p < 1:
@@ -185,6 +184,21 @@ class TokenChooser:
                     best if params.greedy else draw(*distribution(scores[row], params), self._generators[row])
                 )
         return self._chosen
+
+
+def _kth_highest(scores: np.ndarray, k: int) -> np.float32:
+    """The k-th highest of ``scores`` ``(V,)``, ``k`` <= V.
+
+    Of 4 k groups, the k-th highest maximum is a bound that at least k scores reach, and few of a large vocabulary do:
+    only those are partitioned, which takes many times longer for a score than comparing it.
+    """
+    groups = 4 * k
+    if len(scores) >= 4 * groups:
+        whole = len(scores) // groups * groups
+        maxima = scores[:whole].reshape(-1, groups).max(axis=0)
+        scores = scores[scores >= np.partition(maxima, groups - k)[groups - k]]
+    place = len(scores) - k
+    return np.float32(np.partition(scores, place)[place])
 
 
 def _nucleus(likelihood: np.ndarray, top_p: float) -> np.ndarray:

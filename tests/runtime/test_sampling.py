@@ -21,6 +21,7 @@ from ryzen_compile.errors import NumericalError, PromptError
 from ryzen_compile.runtime.sampling import (
     SamplingParams,
     TokenChooser,
+    _kth_highest,
     candidates,
     distribution,
     draw,
@@ -243,3 +244,19 @@ def test_ranges(settings: dict[str, Any], message: str) -> None:
 def test_seeds_are_checked_even_when_greedy(seed: Any) -> None:
     with pytest.raises(PromptError, match="seed must be an integer >= 0"):
         TokenChooser(SamplingParams(), 1, seed=seed)
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 799, 800, 801, 4096, 32003])
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_the_kth_highest_is_that_of_a_sort(vocab: int, k: int) -> None:
+    generator = np.random.default_rng(vocab + k)
+    for scores in (
+        generator.standard_normal(vocab),
+        generator.integers(0, 5, vocab),  # many ties
+        np.where(generator.random(vocab) < 0.999, -np.inf, 1.0),
+        np.arange(vocab),  # the highest lie together
+        np.zeros(vocab),
+    ):
+        scores = scores.astype(np.float32)
+        if k <= vocab:
+            assert _kth_highest(scores, k) == np.sort(scores)[vocab - k]

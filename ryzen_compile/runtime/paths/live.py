@@ -127,7 +127,9 @@ class LivePath:
 def log_probability(logits: np.ndarray, token: int) -> float:
     """Of ``token`` under the softmax of ``logits`` ``(V,)``."""
     highest = logits.max()
-    return float(logits[token] - highest - np.log(np.exp(logits - highest).sum()))
+    likelihood = logits - highest
+    np.exp(likelihood, out=likelihood)
+    return float(logits[token] - highest - np.log(likelihood.sum()))
 
 
 def best_first(paths: Sequence[LivePath], score: Callable[[LivePath], float]) -> list[LivePath]:
