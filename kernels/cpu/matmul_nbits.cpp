@@ -21,12 +21,16 @@ constexpr int64_t SERIAL_ELEMENTS = 16 << 10;      // activations that are round
 constexpr std::array<const char*, 9> ACTIVATIONS = {"none",      "relu",       "relu2",   "silu", "gelu",
                                                     "gelu_tanh", "quick_gelu", "sigmoid", "tanh"};
 
+}  // namespace
+
 Activation find_activation(const std::string& name) {
   for (size_t i = 0; i < ACTIVATIONS.size(); ++i) {
     if (name == ACTIVATIONS[i]) return Activation(i);
   }
   refuse("activation is '", name, "', which is not one of those this library has");
 }
+
+namespace {
 
 // --- packing
 
@@ -43,7 +47,8 @@ uint32_t spread(uint32_t x, int bits) {
   return (x | x << 6) & 0x03030303;
 }
 
-// Where each row of a panel comes from: -1 pads.
+}  // namespace
+
 int64_t source_row(int64_t panel, int place, int64_t rows, bool gated) {
   if (!gated) {
     const int64_t row = panel * PANEL + place;
@@ -52,6 +57,8 @@ int64_t source_row(int64_t panel, int place, int64_t rows, bool gated) {
   const int64_t half = rows / 2, row = panel * LANE_ROWS + place % LANE_ROWS;
   return row < half ? row + place / LANE_ROWS * half : -1;
 }
+
+namespace {
 
 struct Source {
   const uint8_t* codes;

@@ -76,6 +76,16 @@ struct Epilogue {
   int64_t columns = 0;
 };
 
+// By its name; throws Refused for a name that is none.
+Activation find_activation(const std::string& name);
+
+namespace scalar {
+float activate(float x, Activation activation);
+}
+
+// The row of W at one of a panel's PANEL places; -1 pads.
+int64_t source_row(int64_t panel, int place, int64_t rows, bool gated);
+
 class MatMulNBits {
  public:
   static constexpr const char* NAME = "MatMulNBits";

@@ -20,7 +20,7 @@ Node node_of(const Dims& dims, const std::vector<int>& weights, int64_t N, bool 
   node.op = "MatMulTernary";
   node.attributes = {{"K", dims.back()}, {"N", N}};
   node.inputs = {random.normals(dims), pack(weights, N, dims.back(), random), random.normals({scale_per_row ? N : 1})};
-  node.constant = {false, true, random.below(2) == 0};
+  node.constant = {false, true, true};
   return node;
 }
 
@@ -83,9 +83,16 @@ void check_hostile(Random& random) {
   expect_refused(good.with_input(2, random.normals({})), "scale");
   expect_refused(good.with_input(2, random.integers<uint8_t>({N}, 9)), "scale");
   expect_refused(good.with_input(2, nullptr), "scale");
-  Node computed = good;
-  computed.constant = {};
-  expect_refused(computed, "initializer");
+  for (const std::vector<bool>& constant : {std::vector<bool>{}, {false, true, false}, {false, false, true}}) {
+    Node computed = good;
+    computed.constant = constant;
+    expect_refused(computed, "initializer");
+  }
+  expect_refused(good.with("gated", int64_t{1}), "halves");
+  expect_refused(good.with("activation", std::string("mish")), "activation");
+  const Value blocks = tensor<uint8_t>({N, 1, 32}, std::vector<uint8_t>(size_t(N * 32), 0x55));
+  expect_refused(good.with_input(1, blocks), "code 1");  // where it must be 2
+  expect_refused(good.with_input(1, with_dims(good.inputs[1], {N, 6, 1})), "packed");
 }
 
 }  // namespace
