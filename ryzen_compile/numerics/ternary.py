@@ -38,6 +38,24 @@ def unpack(packed: Tensor, width: int) -> Tensor:
     return codes.to(torch.int8) - 1
 
 
+def recover(weights: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The packed codes of ``weights`` (N, C) and their scale, () or (N,) float32, if each row is one number times -1, 0
+    and +1: scale times code is ``weights`` to the bit. None for all others, for NaN, and where there are zeros only."""
+    codes, scales = [], []
+    for start, stop in blockwise.row_chunks(*weights.shape):
+        rows = weights[start:stop].float()
+        scale, signs = rows.abs().amax(1), rows.sign()
+        if not torch.equal(signs * scale[:, None], rows):
+            return None
+        codes.append(pack(signs))
+        scales.append(scale)
+    scale = torch.cat(scales) if scales else torch.zeros(0)
+    found = scale[scale > 0].unique()
+    if not len(found):
+        return None
+    return torch.cat(codes), found[0] if len(found) == 1 else scale
+
+
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x`` (..., C) float32 or float64 -> codes (..., C) int8 and steps (..., 1), ``x`` being about their product.
 
