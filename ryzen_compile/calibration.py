@@ -49,7 +49,8 @@ def read_calibration(
     None where weights and cache stay float32, and for a model without a tokenizer when no text was asked for. Raises
     ``UsageError`` for a text that was named and cannot be used, or that is too short.
     """
-    reads = recipe.weights is not None or recipe.kv.dtype != "fp32" or recipe.embedding is not None
+    rounds = recipe.weights is not None or recipe.ternary or recipe.kv.dtype != "fp32"
+    reads = rounds or recipe.embedding is not None
     if tokenizer is None and recipe.embedding is not None and recipe.embedding.reads_text:
         raise ConfigError(
             f"method {recipe.embedding.method!r} with weighting {recipe.embedding.weighting!r} of the embedding reads "

@@ -180,6 +180,8 @@ class Recipe(BaseModel):
     ``weights`` None keeps them in float32. ``prefill="int8"`` writes the weights a second time as 8-bit rows, for
     prompts only: about twice the speed there, for one more byte per weight. ``kv`` says how the cache is kept.
     ``embedding`` stores the table of tokens as codes into a codebook; a head tied to it keeps weights of its own.
+    ``ternary`` is for models trained with linears of -1, 0 and +1: it rounds what these read to 8 bits a token, as
+    training did, and stores them in 2 bits; ``weights`` are then about what is left.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -192,10 +194,11 @@ class Recipe(BaseModel):
     prefill: Literal["shared", "int8"] = "shared"
     kv: KVCacheConfig = KVCacheConfig()
     embedding: EmbeddingCompression | None = None
+    ternary: bool = False
 
     @model_validator(mode="after")
     def _prompts_have_integers(self) -> Recipe:
-        if self.prefill == "int8" and self.weights is None:
+        if self.prefill == "int8" and self.weights is None and not self.ternary:
             raise ValueError("prefill 'int8' is a second form of integer weights, and these stay float32")
         return self
 

@@ -31,12 +31,15 @@ from ryzen_compile.passes.quantize_kv_cache import QuantizeKVCache
 from ryzen_compile.passes.quantize_weights import QuantizeWeights
 from ryzen_compile.passes.recognize_activation import RecognizeActivation
 from ryzen_compile.passes.smooth_activations import SmoothActivations
+from ryzen_compile.passes.ternary_linears import TernaryLinears
 from ryzen_compile.program import Program
 from ryzen_compile.report import Loss, PassRecord, Report, Status
 from ryzen_compile.verify import verify
 
 # Hears of every pass: its record, and the Program before and after it.
 Observer = Callable[[PassRecord, Program, Program], None]
+
+TERNARY_BUDGET = 0.5  # of rounding activations to 8 bits, nats per token: that of integer weights, too
 
 
 def default_passes(
@@ -55,12 +58,14 @@ def default_passes(
     if compressor is None and recipe.embedding is not None:
         compressor = EmbeddingCompressor(recipe.embedding, text=calibration)
     compress = () if compressor is None else (compressor,)
+    ternary = (TernaryLinears(TERNARY_BUDGET),) if recipe.ternary else ()
     quantize = () if weights is None else (QuantizeWeights(weights, calibration=calibration, given=given),)
     bounded = recipe.kv.bounded and recipe.kv.window is None  # a stream drops rows of all layers alike
     cache = () if recipe.kv.dtype == "fp32" else (QuantizeKVCache(recipe.kv, calibration=calibration),)
     prune = (PruneLogits(),) if recipe.logits == "last" else ()
     return (
         Canonicalize(),  # one spelling each, so that everything below matches one form
+        *ternary,  # as soon as every product with a weight is a linear: what it makes is the reference of the others
         RecognizeActivation(),  # before the arithmetic it is made of is taken for something else
         BindPositions(),  # before rotary and attention read what still counts tokens
         FuseRotary(),  # while queries and keys still meet their angles

@@ -15,6 +15,7 @@ from ryzen_compile.spec import CacheSlot
 
 TOLERANCE = 1e-4  # of a table's unit circle, and
 ROUNDING = 2.0**-22  # of every radian: what a model loses that multiplies positions and frequencies in float32
+PRODUCTS = (torch.ops.aten.linear, torch.ops.ryzen.linear_nbits, torch.ops.ryzen.linear_ternary)
 SAMPLES = 4096  # rows of a table that are read
 OUTSIDE = "positions enter outside of the attention"
 
@@ -50,7 +51,7 @@ def _comes_from_rotation(node: fx.Node) -> bool:
         one = pending.pop()
         if is_call(one, torch.ops.ryzen.rotary):
             return True
-        if one in seen or is_call(one, torch.ops.aten.linear, torch.ops.ryzen.linear_nbits):
+        if one in seen or is_call(one, *PRODUCTS):
             continue
         seen.add(one)
         pending.extend(source for source in one.all_input_nodes if shape(source))

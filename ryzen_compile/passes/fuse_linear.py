@@ -4,6 +4,7 @@ After recognize_activation (one spelling of activations) and merge_linear (gate 
 
     act(x Wᵀ + b)                                      ->    linear_act(x, W, b, act)
     act(g) * u   with g, u the halves of x [Wg; Wu]ᵀ   ->    gated_linear(x, [Wg; Wu], act)
+    the same of linear_ternary(x, [Cg; Cu], s)         ->    gated_activation(linear_ternary(x, [Cg; Cu], s), act)
 
 A weight that holds up before gate is turned around by an expression (``cat`` of its slices), not evaluated here.
 """
@@ -24,6 +25,7 @@ from ryzen_compile.passes.recognize_activation import SINGLE_CALLS, activation_n
 from ryzen_compile.program import Program, is_call, shape
 
 aten = torch.ops.aten
+TERNARY = torch.ops.ryzen.linear_ternary
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class FuseLinear(RewritePass):
     """A linear and the activation after it  ->  ``linear_act`` or ``gated_linear``."""
 
     name: ClassVar[str] = "fuse_linear"
-    produces: ClassVar[frozenset[str]] = frozenset({"ryzen::linear_act", "ryzen::gated_linear"})
+    produces: ClassVar[frozenset[str]] = frozenset(
+        {"ryzen::linear_act", "ryzen::gated_linear", "ryzen::gated_activation"}
+    )
     anchors = (*SINGLE_CALLS, aten.gelu, torch.ops.ryzen.activation)
 
     def match(self, node: fx.Node, program: Program) -> Plain | Gated | NoMatch:  # noqa: ARG002 - the base signature
@@ -77,7 +81,9 @@ class FuseLinear(RewritePass):
 
     def rewrite(self, edit: Edit, m: Plain | Gated) -> None:
         x, weight, *bias = m.linear.args
-        if isinstance(m, Plain):
+        if is_call(m.linear, TERNARY):
+            fused = edit.call(ops.gated_activation, m.linear, m.act, before=m.out, like=m.linear)
+        elif isinstance(m, Plain):
             fused = edit.call(ops.linear_act, x, weight, bias[0] if bias else None, m.act, before=m.out, like=m.linear)
         else:
             if m.up_first:
@@ -101,7 +107,10 @@ def _match_gated(node: fx.Node, act: str, source: fx.Node, gate: Half) -> Gated 
     if {(gate.start, gate.stop), (up.start, up.stop)} != {(0, width // 2), (width // 2, width)}:
         spans = f"{gate.start}:{gate.stop} and {up.start}:{up.stop}"
         return NoMatch(f"the parts {spans} are not the halves of {width} channels", gate.linear)
-    if len(gate.linear.args) > 2 and gate.linear.args[2] is not None:
+    if is_call(gate.linear, TERNARY):
+        if gate.start > 0:
+            return NoMatch("what is gated comes before its gate", gate.linear)
+    elif len(gate.linear.args) > 2 and gate.linear.args[2] is not None:
         return NoMatch("the linear has a bias", gate.linear)
     leak = next((n for n in (source, other) if len(n.users) != 1), None)
     if leak is None and not _only_split(gate.linear, source, other):
@@ -128,7 +137,7 @@ def _half(node: fx.Node) -> Half | None:
         start, stop, _ = slice(*[*rest[1:], None, None][:2]).indices(width)
     else:
         return None
-    if not is_call(linear, aten.linear) or dim % len(shape(linear)) != len(shape(linear)) - 1:
+    if not is_call(linear, aten.linear, TERNARY) or dim % len(shape(linear)) != len(shape(linear)) - 1:
         return None
     return Half(linear, start, stop)
 

@@ -4,8 +4,9 @@
     gate, up = x Wgᵀ, x Wuᵀ           ->    gate, up = split(x [Wg; Wu]ᵀ)         joined by act(gate) * up
 
 After fuse_attention and fuse_norm, before fuse_linear, which makes the second form one operator. The merged weight is
-the expression ``cat([...])``: nothing is evaluated here. A linear that reads the same value for another purpose (a
-router, the feed-forward of a parallel block) is left out of the group.
+the expression ``cat([...])``: nothing is evaluated here, but for ternary weights (``linear_ternary``), which are small:
+their codes and scales are stacked at once, with a scale for each row. A linear that reads the same value for another
+purpose (a router, the feed-forward of a parallel block) is left out of the group.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ryzen_compile.edit import Edit
+from ryzen_compile.interpret import interpret
 from ryzen_compile.passes.base import NoMatch, RewritePass
 from ryzen_compile.passes.recognize_activation import activation_name
 from ryzen_compile.program import Program, is_call, shape
 
 aten = torch.ops.aten
 dialect = torch.ops.ryzen
+PRODUCTS = (aten.linear, dialect.linear_ternary)
 # What lies between a projection and its attention: head layout, rotary embedding and head norms, fused or spelled out.
 LAYOUT = (aten.reshape, aten.view, aten.permute, aten.unsqueeze, aten.squeeze, aten.expand, aten.clone, aten.slice,
           aten.select, aten.cat, aten.stack, aten.split_with_sizes, aten._to_copy, operator.getitem)  # fmt: skip
@@ -44,11 +47,11 @@ class MergeLinear(RewritePass):
     """``linear(x, w1), linear(x, w2), ...``  ->  ``split(linear(x, cat(w1, w2, ...)))``."""
 
     name: ClassVar[str] = "merge_linear"
-    anchors = (aten.linear,)
+    anchors = PRODUCTS
 
     def match(self, node: fx.Node, program: Program) -> Match | NoMatch:
         x = node.args[0]
-        if not any(u is not node and is_call(u, aten.linear) and u.args[0] is x for u in x.users):
+        if not any(u is not node and is_call(u, *PRODUCTS) and u.args[0] is x for u in x.users):
             return NoMatch("no other linear reads its input", node)
         group = _projections(node) or _gate_and_up(node)
         if group is None:
@@ -62,11 +65,14 @@ class MergeLinear(RewritePass):
 
     def rewrite(self, edit: Edit, m: Match) -> None:
         first, before = m.linears[0], min(u for n in m.linears for u in n.users)
-        weight, *bias = (
-            edit.call(aten.cat.default, [_early(edit, t, before) for t in tensors], 0, before=before, like=first)
-            for tensors in zip(*(_tensors(n) for n in m.linears), strict=True)
-        )
-        merged = edit.call(aten.linear.default, first.args[0], weight, *bias, before=before, like=first)
+        if is_call(first, dialect.linear_ternary):
+            stacked = _stacked(edit, m.linears)
+        else:
+            stacked = tuple(
+                edit.call(aten.cat.default, [_early(edit, t, before) for t in tensors], 0, before=before, like=first)
+                for tensors in zip(*(_tensors(n) for n in m.linears), strict=True)
+            )
+        merged = edit.call(first.target, first.args[0], *stacked, before=before, like=first)
         sizes = [int(shape(n)[-1]) for n in m.linears]
         parts = edit.call(aten.split_with_sizes.default, merged, sizes, -1, before=before, like=first)
         for index, linear in enumerate(m.linears):
@@ -74,8 +80,17 @@ class MergeLinear(RewritePass):
 
 
 def _tensors(linear: fx.Node) -> list[fx.Node]:
-    """Its weight and, if it has one, its bias."""
+    """Its weight and, if it has one, its bias; of a ternary one codes and scale."""
     return [t for t in linear.args[1:] if t is not None]
+
+
+def _stacked(edit: Edit, linears: tuple[fx.Node, ...]) -> tuple[fx.Node, fx.Node]:
+    """Codes and scales of ternary linears below each other, as constants."""
+    values: list[list[Tensor]] = [interpret(edit.program, {}, _tensors(n)) for n in linears]
+    codes = torch.cat([packed for packed, _ in values])
+    scales = torch.cat([scale.expand(len(packed)) for packed, scale in values])
+    stem = linears[0].args[1].name.removesuffix("_codes")
+    return edit.add_constant(f"{stem}_stacked_codes", codes), edit.add_constant(f"{stem}_stacked_scales", scales)
 
 
 def _projections(linear: fx.Node) -> tuple[fx.Node, ...] | None:
@@ -85,7 +100,7 @@ def _projections(linear: fx.Node) -> tuple[fx.Node, ...] | None:
         return None
     found = []
     for argument in reached.args[:3]:
-        behind = [n for n in _walk([argument], lambda n: n.all_input_nodes) if is_call(n, aten.linear)]
+        behind = [n for n in _walk([argument], lambda n: n.all_input_nodes) if is_call(n, *PRODUCTS)]
         if len(behind) != 1:
             return None
         found.append(behind[0])
@@ -114,7 +129,7 @@ def _gate_and_up(linear: fx.Node) -> tuple[fx.Node, ...] | None:
                 continue
             for act, up in (joined.args, reversed(joined.args)):
                 named = activation_name(act)
-                if named and is_call(named[1], aten.linear) and is_call(up, aten.linear) and linear in (named[1], up):
+                if named and is_call(named[1], *PRODUCTS) and is_call(up, *PRODUCTS) and linear in (named[1], up):
                     return named[1], up
     return None
 

@@ -23,7 +23,7 @@ from ryzen_compile.program import Program, is_call, module_path, shape
 aten = torch.ops.aten
 TOKEN_WISE = (aten.mul, aten.div, aten.add, aten.sub, aten.tanh, aten._to_copy, aten.neg,
               torch.ops.ryzen.activation)  # fmt: skip
-HEADS = (aten.linear, torch.ops.ryzen.linear_act, torch.ops.ryzen.linear_nbits)
+HEADS = (aten.linear, torch.ops.ryzen.linear_act, torch.ops.ryzen.linear_nbits, torch.ops.ryzen.linear_ternary)
 
 
 class PruneLogits(Pass):

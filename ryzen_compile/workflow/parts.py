@@ -78,10 +78,11 @@ def measure_parts(
 def _changes(plain: Recipe, recipe: Recipe) -> Mapping[str, Recipe]:
     """What the recipe does to the float32 artifact, one thing at a time."""
     changes: dict[str, Recipe] = {}
-    if recipe.weights is not None:
+    if recipe.weights is not None or recipe.ternary:
         # Timed, not kept: which codes are chosen does not matter, how many bits they have does.
-        weights = recipe.weights.model_copy(update={"method": "rtn"})
-        changes["integer weights"] = plain.model_copy(update={"weights": weights, "prefill": recipe.prefill})
+        weights = recipe.weights and recipe.weights.model_copy(update={"method": "rtn"})
+        stored = {"weights": weights, "ternary": recipe.ternary, "prefill": recipe.prefill}
+        changes["integer weights"] = plain.model_copy(update=stored)
     if recipe.kv.dtype != "fp32":
         changes["integer cache"] = plain.model_copy(update={"kv": recipe.kv})
     elif recipe.kv != KVCacheConfig():

@@ -6,17 +6,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ryzen_compile.capture import capture
 from ryzen_compile.config import KVCacheConfig, Recipe
 from ryzen_compile.edit import Edit
 from ryzen_compile.errors import CaptureError
 from ryzen_compile.interpret import cached_feeds, first_tokens, interpret
+from ryzen_compile.numerics import ternary
 from ryzen_compile.numerics.divergence import mean_divergence
 from ryzen_compile.passes.quantize_kv_cache import QuantizeKVCache
 from ryzen_compile.pipeline import default_passes
 from ryzen_compile.program import Program, is_call
+from ryzen_compile.ternary_linear import TernaryLinear
 from ryzen_compile.validate.parity import CHUNKS, TOKENS, ParityGate, check_capture, full_logits, logits_of
 from tests.model_directory import case_named
 from tests.zoo import CONTEXT, NanoDecoder, build, randomize
@@ -311,3 +313,39 @@ def test_a_window_is_left_and_its_cache_drops_rows_while_it_is_measured() -> Non
         node = next(n for n in edit.graph.nodes if is_call(n, torch.ops.ryzen.cached_attention))
         node.args = (*node.args[:at], value, *node.args[at + 1 :])
         assert not gate.measure(edit.finish())[2]
+
+
+class BetweenCodes(nn.Module):
+    """A ternary linear over a table whose rows are integers and a half, less a float32's last place, up to 127."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block_size = 32
+        codes = torch.randint(-100, 100, (99, 31)) + 0.5
+        self.wte = nn.Embedding(99, 32)
+        self.wte.weight.data = torch.cat((torch.full((99, 1), 127.0), codes - 2.0**-17), 1)
+        self.inner = TernaryLinear(ternary.pack(torch.randint(-1, 2, (16, 32))), torch.tensor(0.1), None, None)
+        self.head = nn.Linear(16, 99)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.inner(self.wte(ids)))
+
+
+def test_a_graph_that_rounds_is_held_to_float64_where_float32_jumps() -> None:
+    """A number added and taken away again is nothing to float64; in float32 it moves activations to other codes."""
+    torch.manual_seed(0)
+    plain = capture(BetweenCodes().eval())
+    gate = ParityGate(plain)
+
+    def there_and_back(rest: float) -> Program:
+        def make(edit: Edit, n: fx.Node) -> fx.Node:
+            there = edit.call(aten.add.Tensor, n, 1024.3, before=after(n), like=n)
+            return edit.call(aten.sub.Tensor, there, 1024.3 + rest, before=after(there), like=n)
+
+        return changed(plain, lambda p: next(n for n in p.graph.nodes if is_call(n, aten.embedding)), make)
+
+    single, _ = logits_of(there_and_back(0.0), gate._ids)
+    assert float((single - gate._single).abs().max()) > 0.01
+    rmse, largest, within = gate.measure(there_and_back(0.0))
+    assert within and rmse < 1e-9 and largest < 1e-9
+    assert not gate.measure(there_and_back(0.6))[2]
