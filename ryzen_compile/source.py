@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ryzen_compile.bitnet_checkpoint import BitNet, find_bitnet, is_packed, make_ternary
 from ryzen_compile.errors import ModelError, ResourceError, UnsafeError, UnsupportedError, UsageError
 from ryzen_compile.manifest import name_fault, shown, shown_path
 from ryzen_compile.quantized_checkpoint import KEY as QUANTIZATION_KEY
@@ -46,14 +47,14 @@ _CODE_CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json
 class SourceFiles:
     """An inspected model directory: its ``config.json`` and the weight files, with the tensors their headers list.
 
-    ``quantization`` says how the weights are stored when they are integers that can be repacked.
+    ``quantization`` says how the weights are stored when they are integers that can be repacked, or ternary.
     """
 
     directory: Path
     config: dict[str, Any]
     weights: tuple[Path, ...]
     tensors: dict[str, TensorEntry]
-    quantization: Quantization | None = None
+    quantization: Quantization | BitNet | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class LoadedModel:
     """A model in eval mode and what came with it.
 
     ``blocks`` holds the weights that the checkpoint stores as integers, by the name of the parameter, which has their
-    dequantized values. Names that share a parameter share an entry's blocks. Empty for a model in floating point.
+    dequantized values. Names that share a parameter share an entry's blocks. Empty for a model in floating point, and
+    for one of ternary linears, which are layers of their own (``TernaryLinear``).
     """
 
     model: PreTrainedModel
@@ -143,7 +145,7 @@ def inspect(directory: str | Path, *, trust_remote_code: bool = False) -> Source
     if not trust_remote_code:
         refuse_code(directory)
     check_config(config)
-    quantization = find_quantization(config)
+    quantization = find_bitnet(config) or find_quantization(config)
     tensors: dict[str, TensorEntry] = {}
     home: dict[str, str] = {}
     weights, index = _weight_files(directory)
@@ -182,23 +184,29 @@ def load_checkpoint(directory: str | Path, *, dtype: str = "float32", trust_remo
     blocks: Mapping[str, BlockTensor] = {}
     if files.quantization is None:
         model = _load_floats(files.directory, dtype, trust_remote_code)
-    elif dtype == "float32":
-        model, blocks = _load_quantized(files, files.quantization, trust_remote_code)
-    else:
+    elif dtype != "float32":
         raise UsageError(f"dtype {shown(dtype)}: quantized weights are loaded as float32, which holds them exactly")
+    elif isinstance(files.quantization, BitNet):
+        model = _load_ternary(files, files.quantization, trust_remote_code)
+    else:
+        model, blocks = _load_quantized(files, files.quantization, trust_remote_code)
     check_ties(model)
     check_finite(model)
     tokenizer = load_tokenizer(files.directory, model, trust_remote_code)
     return LoadedModel(model.eval(), tokenizer, model.generation_config if model.can_generate() else None, blocks)
 
 
-def _load_floats(directory: Path, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_floats(
+    directory: Path, dtype: str, trust_remote_code: bool, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """The directory's model, or that of another ``config`` over its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with loading("model", directory):
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
+            config=config,
             dtype=getattr(torch, dtype),
             local_files_only=True,
             use_safetensors=True,
@@ -207,6 +215,22 @@ def _load_floats(directory: Path, dtype: str, trust_remote_code: bool) -> PreTra
             ignore_mismatched_sizes=True,  # reported in `info`, with every shape, instead of raised one by one
         )
     check_loading_info(info)
+    return model
+
+
+def _load_ternary(files: SourceFiles, bitnet: BitNet, trust_remote_code: bool) -> PreTrainedModel:
+    """The model over ternary linears. Bytes stay bytes while transformers loads them, whatever its layer for them."""
+    import torch
+    from transformers import AutoConfig
+
+    with _loading("configuration", files.directory):
+        config = AutoConfig.from_pretrained(files.directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    if is_packed(bitnet, files.tensors):
+        config.quantization_config = {**config.quantization_config, "linear_class": "bitlinear"}
+    with torch.compiler.set_stance("force_eager"):  # it would compile how it unpacks
+        model = _load_floats(files.directory, "float32", trust_remote_code, config)
+    make_ternary(model, bitnet)
+    _forget_quantization(model.config)
     return model
 
 

@@ -23,8 +23,9 @@ LAYERS = (
     ("capture", "capture_encoder", "pipeline", "backends", "runtime", "validate", "train"),
     ("report", "graphs"),
     ("passes",),
+    ("encoder_source", "sentence_layout", "source", "calibration"),
+    ("quantized_checkpoint", "bitnet_checkpoint", "ternary_linear", "safetensors_header"),
     ("edit", "verify", "probe", "interpret", "ops", "kernels", "program", "mask_spec", "row_shifts"),
-    ("encoder_source", "sentence_layout", "source", "quantized_checkpoint", "safetensors_header", "calibration"),
     ("numerics", "text", "timeline", "publish", "manifest", "spec", "shapes", "config", "settings", "recipe_file"),
     ("fields", "errors"),
 )
