@@ -605,9 +605,8 @@ def read_source(
 def _lowering_options(recipe: Recipe) -> LoweringOptions:
     from ryzen_compile.backends.onnxruntime.emit import LoweringOptions
 
-    if recipe.weights is None:
-        return LoweringOptions()
-    return LoweringOptions(recipe.weights.accuracy_level, recipe.prefill == "int8")
+    level = LoweringOptions().accuracy_level if recipe.weights is None else recipe.weights.accuracy_level
+    return LoweringOptions(level, recipe.prefill == "int8")
 
 
 def _session_options(options: SessionOptions, native: Native) -> SessionOptions:

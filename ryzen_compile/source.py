@@ -223,7 +223,7 @@ def _load_ternary(files: SourceFiles, bitnet: BitNet, trust_remote_code: bool) -
     import torch
     from transformers import AutoConfig
 
-    with _loading("configuration", files.directory):
+    with loading("configuration", files.directory):
         config = AutoConfig.from_pretrained(files.directory, local_files_only=True, trust_remote_code=trust_remote_code)
     if is_packed(bitnet, files.tensors):
         config.quantization_config = {**config.quantization_config, "linear_class": "bitlinear"}

@@ -38,6 +38,7 @@ SUPPORTED = frozenset(
         "layer_norm",
         "linear_act",
         "linear_nbits",
+        "linear_ternary",
         "rms_norm",
         "rotary",
     )

@@ -16,6 +16,7 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
 from ryzen_compile.backends.onnxruntime.claim_lookup import LookupClaims, reads_codes
 from ryzen_compile.backends.onnxruntime.claim_report import KINDS, NATIVE, ClaimReport
+from ryzen_compile.backends.onnxruntime.claim_ternary import TernaryClaims
 from ryzen_compile.backends.onnxruntime.model_index import ModelIndex
 from ryzen_compile.backends.onnxruntime.node_facts import (
     KIND_OF,
@@ -80,6 +81,7 @@ class _Claim:
         # A standard operator's name calls that operator, whatever function the model defines under it.
         self.functions = {(f.domain, f.name, f.overload): f for f in model.functions if f.domain == NATIVE}
         self.lookups = LookupClaims(self.functions, self.index)
+        self.ternary = TernaryClaims(self.functions, self.nodes, self.index)
         self.gates = {key: gated_activation(function) for key, function in self.functions.items()}
         self.kinds = {place: kind for place, node in enumerate(self.nodes) if (kind := self._kind(node))}
 
@@ -125,6 +127,10 @@ class _Claim:
         for place, what, element, count in wanted:
             if (inputs[place] or place < 3) and not self.index.is_constant(inputs[place], element, count):
                 return f"its {what} are not {count} constants of type {element}"
+        ternary = self.ternary.claim(node, facts)
+        if ternary is not None:
+            self.made[self._absorb(index, ternary)] = ternary
+            return ""
         made = onnx.helper.make_node("MatMulNBits", _trimmed(inputs), list(node.output), node.name, domain=NATIVE)
         made.attribute.extend(node.attribute)
         self.made[self._absorb(index, made)] = self.products[index] = made
@@ -145,6 +151,8 @@ class _Claim:
         elif act is not None:
             made.attribute.append(_attribute("activation", act))
             what = "activation"
+        elif made.op_type == "MatMulTernary":  # which takes no residual
+            return index
         elif operator_of(reader) == ("", "Add") and (residual := self._residual(reader, product)):
             inputs = [*_padded(made.input, RESIDUAL), residual]
             del made.input[:]
@@ -263,6 +271,7 @@ class _Claim:
         for node in self.made.values():
             if isa != "auto":
                 node.attribute.append(_attribute("isa", isa))
+        self.gone |= self.ternary.idle
         kept = [self.made.get(i, node) for i, node in enumerate(self.nodes) if i in self.made or i not in self.gone]
         out = ModelProto()
         out.CopyFrom(self.model)

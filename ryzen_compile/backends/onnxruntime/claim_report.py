@@ -14,6 +14,7 @@ KINDS = frozenset(("matmul", "attention", "norm", "embedding"))
 _KIND_OF_OURS = {
     "CodebookEmbedding": "embedding",
     "MatMulNBits": "matmul",
+    "MatMulTernary": "matmul",
     "GroupQueryAttention": "attention",
     "SkipRMSNorm": "norm",
     "SkipLayerNorm": "norm",

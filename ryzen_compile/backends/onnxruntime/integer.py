@@ -35,8 +35,8 @@ def linear_nbits(
     bits: int,
     block: int,
 ) -> Values:
-    width, rows = _size(x, -1), _size(packed, 0)
-    if e.options.wide_prompts and _size(x, 1) != 1:  # a single row, the pruned head's, gains nothing
+    width, rows = static_size(x, -1), static_size(packed, 0)
+    if e.options.wide_prompts and static_size(x, 1) != 1:  # a single row, the pruned head's, gains nothing
         product = _wide_product(e, x, packed, scales, zeros, bits, block, width)
         return (e.op("Add", product, bias) if bias is not None else product,)
     return (
@@ -69,7 +69,7 @@ def embedding_nbits(
     bits: int,
     block: int,
 ) -> Values:
-    rows, blocks, size = (_size(packed, axis) for axis in range(3))
+    rows, blocks, size = (static_size(packed, axis) for axis in range(3))
     table = e.op("Reshape", packed, e.ints(rows, blocks * size))
     out = e.op(
         "GatherBlockQuantized",
@@ -101,6 +101,11 @@ def _wide_product(
     weight, channel = e.once(  # a weight may be multiplied with in several places
         ("bytes", packed.name), lambda: _byte_weight(e, packed, scales, zeros, bits, block, width)
     )
+    return rows_by_bytes(e, x, weight, channel)
+
+
+def rows_by_bytes(e: Emitter, x: ir.Value, weight: ir.Value, channel: ir.Value) -> ir.Value:
+    """``x`` (..., C), rounded to 8 bits row by row, times ``weight`` (C, N) int8 with a scale for each channel (N,)."""
     middle = ZEROS.get(e.activated.get(x, ""), ZERO) if e.options.many_rows else ZERO
     step, codes = e.call("QuantizeRows", (middle,), partial(_quantize_rows, middle), (x,), outputs=2)
     one, zero = (
@@ -137,7 +142,7 @@ def _byte_weight(
 ) -> tuple[ir.Value, ir.Value]:
     """(C, N) int8 and (N,) float32: the blocks again, rounded to 8 bits over each output channel's largest weight."""
     stored = [None if value is None else value.const_value for value in (packed, scales, zeros)]
-    rows = _size(packed, 0)
+    rows = static_size(packed, 0)
 
     def stored_tensor() -> BlockTensor:
         codes, steps, offsets = (None if t is None else torch.from_numpy(np.array(t.numpy())) for t in stored)
@@ -169,7 +174,7 @@ def _channel_steps(table: np.ndarray) -> np.ndarray:
     return steps
 
 
-def _size(value: ir.Value, axis: int) -> int:
+def static_size(value: ir.Value, axis: int) -> int:
     """A static dimension; 0 for one that is symbolic."""
     size = value.shape[axis] if value.shape is not None else 0
     return size if isinstance(size, int) else 0

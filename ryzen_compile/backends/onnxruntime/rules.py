@@ -16,6 +16,7 @@ from ryzen_compile.backends.onnxruntime.codebook_lookup import codebook_embeddin
 from ryzen_compile.backends.onnxruntime.emit import CONTRIB, Emitter
 from ryzen_compile.backends.onnxruntime.functions import activation, gated_act
 from ryzen_compile.backends.onnxruntime.integer import embedding_nbits, linear_nbits
+from ryzen_compile.backends.onnxruntime.ternary import linear_ternary
 
 Values = tuple[ir.Value, ...]
 SKIP_RANKS = (2, 3)  # of the fused residual norms; any other rank is added first
@@ -87,6 +88,7 @@ RULES: dict[str, Callable[..., Values]] = {
     "linear": linear,
     "linear_act": linear_act,
     "linear_nbits": linear_nbits,
+    "linear_ternary": linear_ternary,
     "rms_norm": rms_norm,
     "rotary": rotary,
 }
