@@ -8,14 +8,12 @@ passed straight through. A layer then computes what ``ryzen::linear_ternary`` co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ryzen_compile.config import Block, TensorFormat, WeightQuantization
 from ryzen_compile.errors import ModelError
 from ryzen_compile.numerics.ternary import round_rows
 from ryzen_compile.train.component import ComponentFacts
@@ -23,7 +21,6 @@ from ryzen_compile.train.config import TernarySettings
 from ryzen_compile.train.parameters import (
     FLOAT_BYTES,
     Layer,
-    Matrix,
     find_layers,
     float_bytes,
     give_back,
@@ -33,7 +30,6 @@ from ryzen_compile.train.parameters import (
 )
 
 SMALLEST_SCALE = 1e-5  # as in BitNet: a matrix of zeros has a scale, too
-EXPORT_BLOCK: Block = 256  # the scale is one for the whole matrix: repeated as rarely as the format allows
 
 
 def ternarize(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +81,8 @@ class TernaryComponent:
 
     While it is on, ``detach`` bakes: a weight becomes scale times codes, so that the saved model has the weights that
     were trained. (Rounding these again would give another scale: a baked model is not trained on in this way.) The
-    rounding of activations is no part of it. ``recipe_changes`` stores baked weights exactly, in 2 bits; the head and
-    the table stay float32.
+    rounding of activations cannot lie in weights: ``recipe_changes`` asks the export for it, which finds the codes in
+    baked weights, to the bit, and stores them in 2 bits; the head and the table stay float32.
     """
 
     name = "ternary"
@@ -97,13 +93,12 @@ class TernaryComponent:
         self.start = settings.start
         self.active = False
         self._ternary: list[tuple[Layer, _Ternary]] = []
-        self._others: list[Matrix] = []
         self._float_bytes = 0
 
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         """Raises ``ConfigError`` for a model without linear layers, and what capturing it raises."""
         self._float_bytes = float_bytes(model)
-        layers, self._others = find_layers(model)
+        layers, _ = find_layers(model)
         self._ternary = [(layer, _Ternary()) for layer in layers]
         for layer, ternary in self._ternary:
             ternary.attach(layer)
@@ -151,14 +146,8 @@ class TernaryComponent:
             ternary.detach(module, attribute)
 
     def recipe_changes(self) -> Mapping[str, Any]:
-        """For the model that ``detach`` leaves.
-
-        The search for the smallest squared error finds the scale of ternary codes and has none left; rounding to
-        nearest would not, whose step is half the largest magnitude.
-        """
-        names = [name for matrix in self._others for name in matrix.target.names]
-        kept = {f"^(?:{'|'.join(map(re.escape, names))})$": TensorFormat(float=True)} if names else {}
-        return {"weights": WeightQuantization(bits=2, block=EXPORT_BLOCK, method="mse", overrides=kept)}
+        """For the model that ``detach`` leaves."""
+        return {"ternary": True}
 
     def _switch(self, *, active: bool) -> None:
         self.active = active
