@@ -1,4 +1,4 @@
-"""Artifacts of well-known shapes with random int4 weights, for the benchmarks that ask for time and not for text."""
+"""Artifacts of well-known shapes with random int4 or ternary weights, for benchmarks that ask for time alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 LOUD = 400.0  # times the embedding's own size: then it outweighs what the layers add to it
 
 
-def prepare(shape: str, kv: str, out: Path, *, decided: bool = False) -> None:
+def prepare(shape: str, kv: str, out: Path, *, decided: bool = False, ternary: bool = False) -> None:
     """Exports in a child, whose memory is given back; unverified, for random weights' logits mean nothing.
 
-    Of a model that is ``decided``, every token has one successor, far ahead of all others: its text does not hang on
-    roundings, as that of flat random logits does.
+    With ``ternary`` all linears beside the head are, and the rest is as of the others: a head of 8 bits. Of a model
+    that is ``decided``, every token has one successor, far ahead of all others: its text does not hang on roundings, as
+    that of flat random logits does.
     """
-    subprocess.run([sys.executable, __file__, shape, kv, str(out), *["decided"] * decided], check=True)
+    how = [*["decided"] * decided, *["ternary"] * ternary]
+    subprocess.run([sys.executable, __file__, shape, kv, str(out), *how], check=True)
 
 
 def decide(model: Any) -> None:
@@ -31,6 +33,19 @@ def decide(model: Any) -> None:
         head[cycle.roll(-1)] = table[cycle] / LOUD  # the row of a successor is its predecessor's embedding
 
 
+def make_ternary(model: Any) -> None:
+    """Every linear beside the head becomes its scale times -1, 0 and +1."""
+    import torch
+
+    from ryzen_compile.train.ternary import ternarize
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+                codes, scale = ternarize(module.weight)
+                module.weight.copy_(codes * scale)
+
+
 if __name__ == "__main__":
     from ryzen_compile.api import export
     from ryzen_compile.config import find_recipe
@@ -38,6 +53,10 @@ if __name__ == "__main__":
 
     shape, kv, out, *how = sys.argv[1:]
     model = random_model(shape)
-    if how:
+    recipe = find_recipe("int4", kv=kv, method="rtn")
+    if "decided" in how:
         decide(model)
-    export(model, out, find_recipe("int4", kv=kv, method="rtn"), verify=False)
+    if "ternary" in how:
+        make_ternary(model)
+        recipe = find_recipe(recipe, ternary=True)
+    export(model, out, recipe, verify=False)
