@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -110,30 +111,30 @@ def test_rounding_over_blocks_would_be_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_anchors(width: int) -> None:
-    """Behind every 127 channels; what fills up the last run are channels again."""
+    """Behind every 127 channels, and behind the zeros that fill up the last run."""
 
     class Rows:
-        def op(self, kind: str, *inputs: np.ndarray, **facts: int) -> np.ndarray:
-            if kind == "Abs":
-                return np.abs(inputs[0])
-            if kind == "ReduceMax":
-                return inputs[0].max(-1, keepdims=True)
-            if kind == "Concat":
-                return np.concatenate(inputs, -1)
-            assert kind == "Gather" and facts == {"axis": -1}
-            return inputs[0][..., inputs[1]]
-
-        def constant(self, value: np.ndarray, dtype: type) -> np.ndarray:
-            return np.asarray(value, dtype)
+        def op(self, kind: str, *inputs: Any, **facts: int) -> np.ndarray:
+            x = inputs[0]
+            made = {
+                "Pad": lambda: np.pad(x, ((0, 0), inputs[1])),
+                "Reshape": lambda: x.reshape([n or len(x) for n in inputs[1]]),
+                "Abs": lambda: np.abs(x),
+                "ReduceMax": lambda: x.max(tuple(inputs[1]), keepdims=True),
+                "Expand": lambda: x * np.ones(inputs[1]),
+                "Concat": lambda: np.concatenate(inputs, facts["axis"]),
+            }
+            return made[kind]()
 
         def ints(self, *values: int) -> tuple[int, ...]:
             return values
 
-    x = np.arange(1.0, width + 1)[None]
-    (wide,) = anchored(width)(Rows(), x)  # type: ignore[arg-type]
-    cut = wide.reshape(blocks(width), 128)
-    assert (cut[:, 127] == width).all()
-    assert np.array_equal(cut[:, :127].reshape(-1)[:width], x[0]) and np.isin(cut, x).all()
+    x = np.stack((np.arange(1.0, width + 1), -np.arange(2.0, width + 2)))
+    (wide,) = anchored(width, 2)(Rows(), x)  # type: ignore[arg-type]
+    cut = wide.reshape(2, blocks(width), 128)
+    assert (cut[0, :, 127] == width).all() and (cut[1, :, 127] == width + 1).all()
+    runs = cut[:, :, :127].reshape(2, -1)
+    assert np.array_equal(runs[:, :width], x) and not runs[:, width:].any()
 
 
 # --- claiming

@@ -38,7 +38,7 @@ class TernaryClaims:
             for place, node in enumerate(nodes)
             if function_called(node) in functions and len(node.input) == len(node.output) == 1
         }
-        self._anchors: dict[tuple[FunctionKey, int], bool] = {}
+        self._anchors: dict[tuple[FunctionKey, int, int], bool] = {}
         self._claimed: dict[int, set[str]] = {}  # by the place of a call the outputs of products that read it no more
 
     def claim(self, node: NodeProto, facts: Mapping[str, Any]) -> NodeProto | None:
@@ -47,11 +47,11 @@ class TernaryClaims:
         if place is None or facts["bits"] != BITS or facts["block_size"] != BLOCK or any(node.input[3:]):
             return None
         call = self._nodes[place]
-        shape = self._index.shape(call.input[0])
-        width = shape[-1] if shape else 0
-        if not isinstance(width, int) or not 0 < width <= MOST_CHANNELS or len(shape or ()) > MOST_DIMENSIONS:
+        shape = self._index.shape(call.input[0]) or ()
+        width, rank = (shape[-1] if shape else 0), len(shape)
+        if not isinstance(width, int) or not 0 < width <= MOST_CHANNELS or rank > MOST_DIMENSIONS:
             return None
-        if facts["K"] != blocks(width) * BLOCK or not self._is_anchored(function_called(call), width):
+        if facts["K"] != blocks(width) * BLOCK or not self._is_anchored(function_called(call), width, rank):
             return None
         if self._index.element(call.input[0]) not in (0, TensorProto.FLOAT):
             return None
@@ -73,11 +73,11 @@ class TernaryClaims:
 
         return {place for place, claimed in self._claimed.items() if unread(place, claimed)}
 
-    def _is_anchored(self, called: FunctionKey, width: int) -> bool:
+    def _is_anchored(self, called: FunctionKey, width: int, rank: int) -> bool:
         """Whether a function over our version of the operators anchors rows of ``width`` channels."""
-        if (called, width) not in self._anchors:
+        key = called, width, rank
+        if key not in self._anchors:
             function = self._functions[called]
             versions = [opset.version for opset in function.opset_import if opset.domain in ("", "ai.onnx")]
-            alike = versions == [OPSET] and Structure(function).is_body(anchored(width))
-            self._anchors[called, width] = alike
-        return self._anchors[called, width]
+            self._anchors[key] = versions == [OPSET] and Structure(function).is_body(anchored(width, rank))
+        return self._anchors[key]

@@ -34,19 +34,22 @@ def blocks(width: int) -> int:
     return -(-width // RUN)
 
 
-def anchored(width: int) -> Callable[[Maker[Value], Value], tuple[Value]]:
-    """``x`` (..., width) -> (..., blocks * BLOCK): an anchor behind every ``RUN`` channels.
+def anchored(width: int, rank: int) -> Callable[[Maker[Value], Value], tuple[Value]]:
+    """``x`` (..., width) of ``rank`` dimensions -> (..., blocks * BLOCK): an anchor behind every ``RUN`` channels.
 
-    The last run is filled up with channels from the first on, whose weights there are zero. (Anchors would do as well,
-    but for a sum of them from which the operator takes as much away again, in float32.)
+    The last run is filled up with zeros. (One Gather would do it all, and copies each channel by itself: it took as
+    long as the product.)
     """
-    place = np.arange(blocks(width) * BLOCK)
-    channel = (place // BLOCK * RUN + place % BLOCK) % width
-    source = np.where(place % BLOCK < RUN, channel, width)
+    count = blocks(width)
+    rows = [0] * (rank - 1)  # as they are
 
     def body(e: Maker[Value], x: Value) -> tuple[Value]:
-        largest = e.op("ReduceMax", e.op("Abs", x), e.ints(-1), keepdims=1)
-        return (e.op("Gather", e.op("Concat", x, largest, axis=-1), e.constant(source, np.int32), axis=-1),)
+        if count * RUN > width:
+            x = e.op("Pad", x, e.ints(0, count * RUN - width), None, e.ints(-1))
+        cut = e.op("Reshape", x, e.ints(*rows, count, RUN))
+        largest = e.op("ReduceMax", e.op("Abs", cut), e.ints(-2, -1), keepdims=1)
+        anchors = e.op("Expand", largest, e.ints(*[1] * (rank - 1), count, 1))
+        return (e.op("Reshape", e.op("Concat", cut, anchors, axis=-1), e.ints(*rows, count * BLOCK)),)
 
     return body
 
@@ -64,7 +67,8 @@ def linear_ternary(e: Emitter, x: ir.Value, packed: ir.Value, scale: ir.Value) -
         weight, channel = e.once(("bytes", packed.name), lambda: _bytes(e, packed, scale, rows, width))
         return (rows_by_bytes(e, x, weight, channel),)
     codes, scales = e.once(("anchored", packed.name), lambda: _blocks(e, packed, scale, rows, width))
-    (wide,) = e.call("AnchorRows", (width,), anchored(width), (x,))
+    rank = len(x.shape) if x.shape is not None else 0
+    (wide,) = e.call("AnchorRows", (width, rank), anchored(width, rank), (x,))
     depth = blocks(width) * BLOCK
     sizes = {"K": depth, "N": rows, "bits": BITS, "block_size": BLOCK, "accuracy_level": 4}
     return (e.op("MatMulNBits", wide, codes, scales, domain=CONTRIB, **sizes),)
