@@ -7,6 +7,7 @@
 #include "group_query_attention.h"
 #include "isa.h"
 #include "matmul_nbits.h"
+#include "matmul_sparse.h"
 #include "matmul_ternary.h"
 #include "norm.h"
 #include "op.h"
@@ -25,6 +26,7 @@ const OrtCustomOp* const OPERATORS[] = {
     ryzen::custom_op<ryzen::SkipLayerNorm>(),
     ryzen::custom_op<ryzen::CodebookEmbedding>(),
     ryzen::custom_op<ryzen::MatMulTernary>(),
+    ryzen::custom_op<ryzen::SparseMatMulNBits>(),
 };
 
 OrtCustomOpDomain* make_domain(const OrtApi* api) {

@@ -17,7 +17,6 @@ namespace {
 constexpr int64_t MOST_SIZE = int64_t{1} << 28;    // of K and of N
 constexpr int64_t TASK_BYTES = 64 << 10;           // of weights: some microseconds of memory
 constexpr int64_t SERIAL_PACK = 1 << 20;             // bytes of weights that are packed sooner than a thread starts
-constexpr int64_t SERIAL_ELEMENTS = 16 << 10;      // activations that are rounded sooner than a thread is woken
 constexpr std::array<const char*, 9> ACTIVATIONS = {"none",      "relu",       "relu2",   "silu", "gelu",
                                                     "gelu_tanh", "quick_gelu", "sigmoid", "tanh"};
 
@@ -60,21 +59,13 @@ int64_t source_row(int64_t panel, int place, int64_t rows, bool gated) {
 
 namespace {
 
-struct Source {
-  const uint8_t* codes;
-  const float* scales;
-  const uint8_t* zeros;  // null: the middle
-  int64_t rows;
-  bool gated;
-};
-
-float zero_point(const Source& from, int bits, int64_t blocks, int64_t row, int64_t block) {
+float zero_point(const NBitsNode& from, int bits, int64_t blocks, int64_t row, int64_t block) {
   const int64_t row_bytes = (blocks * bits + 7) / 8, bit = block * bits;
   return float(from.zeros[row * row_bytes + bit / 8] >> (bit % 8) & ((1 << bits) - 1));
 }
 
 // One row of one block to its place in the panel.
-void pack_row(const PackedWeights& w, const Source& from, int64_t row, int64_t block, int place, uint8_t* to) {
+void pack_row(const PackedWeights& w, const NBitsNode& from, int64_t row, int64_t block, int place, uint8_t* to) {
   const float scale = from.scales[row * w.blocks + block];
   std::memcpy(to + place * sizeof scale, &scale, sizeof scale);
   if (w.zeros) {
@@ -90,45 +81,6 @@ void pack_row(const PackedWeights& w, const Source& from, int64_t row, int64_t b
     for (int bit = 0; bit < 8; bit += w.bits) packed |= spread(source >> (4 * bit), w.bits) << bit;
     std::memcpy(lane, &packed, 4);
   }
-}
-
-void pack_panel(const PackedWeights& w, const Source& from, int64_t panel, uint8_t* to) {
-  for (int64_t block = 0; block < w.blocks; ++block, to += w.block_bytes()) {
-    for (int place = 0; place < PANEL; ++place) {
-      const int64_t row = source_row(panel, place, from.rows, from.gated);
-      if (row >= 0) {
-        pack_row(w, from, row, block, place, to);
-      } else {
-        for (int64_t i = 0; i < w.block_bytes(); i += PANEL * 4) std::memset(to + i + place * 4, 0, 4);
-      }
-    }
-  }
-}
-
-PackedWeights pack(int bits, int64_t block, int64_t blocks, const Source& from) {
-  PackedWeights w;
-  w.bits = bits;
-  w.zeros = from.zeros != nullptr;
-  w.block = block;
-  w.blocks = blocks;
-  const int64_t columns = from.gated ? from.rows / 2 : from.rows, width = from.gated ? LANE_ROWS : PANEL;
-  w.panels = (columns + width - 1) / width;
-  const std::shared_ptr<uint8_t[]> data = allocate_weights(size_t(w.panels * w.panel_bytes()));
-  auto pack_panels = [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) pack_panel(w, from, panel, data.get() + panel * w.panel_bytes());
-  };
-  // A second thread, because a session that opens has no pool to lend yet.
-  const int64_t half = w.panels * w.panel_bytes() < SERIAL_PACK ? 0 : w.panels / 2;
-  std::thread helper;
-  try {
-    if (half > 0) helper = std::thread(pack_panels, 0, half);
-  } catch (const std::system_error&) {  // none to be had: alone, then
-    pack_panels(0, half);
-  }
-  pack_panels(half, w.panels);
-  if (helper.joinable()) helper.join();
-  w.data = data;
-  return w;
 }
 
 }  // namespace
@@ -224,16 +176,8 @@ void round_row(const float* x, int64_t depth, int64_t blocks, int64_t block, int
 
 }  // namespace scalar
 
-namespace {
-
-struct Path {
-  decltype(&scalar::multiply_panels) multiply_panels;
-  decltype(&scalar::round_row) round_row;
-  decltype(&scalar::take_row) take_row;
-};
-
-const Path& path_for(Isa isa) {
-  static const Path paths[] = {
+const ProductPath& product_path(Isa isa) {
+  static const ProductPath paths[] = {
       {scalar::multiply_panels, scalar::round_row, scalar::take_row},
       {avx2::multiply_panels, avx2::round_row, avx2::take_row},
       {avx2_vnni::multiply_panels, avx2_vnni::round_row, avx2_vnni::take_row},
@@ -241,6 +185,8 @@ const Path& path_for(Isa isa) {
   };
   return paths[int(isa)];
 }
+
+namespace {
 
 // A constant of exactly `count` elements.
 template <typename T>
@@ -253,87 +199,123 @@ const T* constant(const Info& info, size_t index, const char* name, OrtElement e
   return data;
 }
 
-// One value for each row of W, in panel order.
-Bytes panel_order(const float* values, int64_t rows, bool gated, int64_t panels) {
+enum Input : size_t { A, B, SCALES, ZERO_POINTS, G_IDX, BIAS, RESIDUAL, STEPS };
+
+PackedWeights pack(const NBitsNode& node) {
+  PackedWeights w = node.form();
+  const std::shared_ptr<uint8_t[]> data = allocate_weights(size_t(w.panels * w.panel_bytes()));
+  auto pack_panels = [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) node.pack_panel(panel, data.get() + panel * w.panel_bytes());
+  };
+  in_two_threads(w.panels * w.panel_bytes(), w.panels, pack_panels);
+  w.data = data;
+  return w;
+}
+
+}  // namespace
+
+NBitsNode::NBitsNode(const Info& info)
+    : depth(info.integer("K", 0, 1, MOST_SIZE)),
+      rows(info.integer("N", 0, 1, MOST_SIZE)),
+      block(info.integer("block_size")),
+      activation(find_activation(info.text("activation", "none"))),
+      gated(info.integer("gated", 0, 0, 1)),
+      isa(chosen_isa(info.text("isa", "auto"))) {
+  const int64_t width = info.integer("bits", 4);
+  if (width != 2 && width != 4 && width != 8) refuse("bits is ", width, ", expected 2, 4 or 8");
+  bits = int(width);
+  if (block < LEAST_BLOCK || block > LARGEST_BLOCK || block % LEAST_BLOCK)
+    refuse("block_size is ", block, ", expected a multiple of ", LEAST_BLOCK, " up to ", LARGEST_BLOCK);
+  if (gated && rows % 2) refuse("N is ", rows, ", which gated does not split into halves");
+  const size_t inputs = info.inputs();
+  if (inputs <= SCALES) refuse("it has ", inputs, " inputs, expected at least 3");
+  blocks = (depth + block - 1) / block;
+  codes = constant<uint8_t>(info, B, "B", ORT_UINT8, rows * blocks * (block * bits / 8));
+  scales = constant<float>(info, SCALES, "scales", ORT_FLOAT, rows * blocks);
+  zeros = nullptr;
+  if (info.has_input(ZERO_POINTS))
+    zeros = constant<uint8_t>(info, ZERO_POINTS, "zero_points", ORT_UINT8, rows * ((blocks * bits + 7) / 8));
+  if (info.has_input(G_IDX)) refuse("g_idx, an order of its own for columns, is not supported");
+  bias = info.has_input(BIAS) ? constant<float>(info, BIAS, "bias", ORT_FLOAT, rows) : nullptr;
+}
+
+int64_t NBitsNode::panels() const {
+  const int64_t width = gated ? LANE_ROWS : PANEL;
+  return (columns() + width - 1) / width;
+}
+
+PackedWeights NBitsNode::form() const {
+  PackedWeights w;
+  w.bits = bits;
+  w.zeros = zeros != nullptr;
+  w.block = block;
+  w.blocks = blocks;
+  w.panels = panels();
+  return w;
+}
+
+void NBitsNode::pack_panel(int64_t panel, uint8_t* to) const {
+  const PackedWeights w = form();
+  for (int64_t b = 0; b < w.blocks; ++b, to += w.block_bytes()) {
+    for (int place = 0; place < PANEL; ++place) {
+      const int64_t row = source_row(panel, place, rows, gated);
+      if (row >= 0) {
+        pack_row(w, *this, row, b, place, to);
+      } else {
+        for (int64_t i = 0; i < w.block_bytes(); i += PANEL * 4) std::memset(to + i + place * 4, 0, 4);
+      }
+    }
+  }
+}
+
+Bytes NBitsNode::packed_bias(int64_t panels) const {
+  if (bias == nullptr) return {};
   Bytes out = allocate(size_t(panels) * PANEL * sizeof(float));
   auto* to = reinterpret_cast<float*>(out.get());
   for (int64_t i = 0; i < panels * PANEL; ++i) {
     const int64_t row = source_row(i / PANEL, int(i % PANEL), rows, gated);
-    to[i] = row < 0 ? 0.0f : values[row];
+    to[i] = row < 0 ? 0.0f : bias[row];
   }
   return out;
 }
 
-enum Input : size_t { A, B, SCALES, ZERO_POINTS, G_IDX, BIAS, RESIDUAL, STEPS };
-
-}  // namespace
-
-MatMulNBits::MatMulNBits(const Info& info)
-    : depth_(info.integer("K", 0, 1, MOST_SIZE)),
-      columns_(info.integer("N", 0, 1, MOST_SIZE)),
-      activation_(find_activation(info.text("activation", "none"))),
-      gated_(info.integer("gated", 0, 0, 1)),
-      isa_(chosen_isa(info.text("isa", "auto"))) {
-  const int64_t rows = columns_, bits = info.integer("bits", 4), block = info.integer("block_size");
-  if (bits != 2 && bits != 4 && bits != 8) refuse("bits is ", bits, ", expected 2, 4 or 8");
-  if (block < LEAST_BLOCK || block > LARGEST_BLOCK || block % LEAST_BLOCK)
-    refuse("block_size is ", block, ", expected a multiple of ", LEAST_BLOCK, " up to ", LARGEST_BLOCK);
-  if (gated_ && rows % 2) refuse("N is ", rows, ", which gated does not split into halves");
-  const size_t inputs = info.inputs();
-  if (inputs <= SCALES) refuse("it has ", inputs, " inputs, expected at least 3");
-  const int64_t blocks = (depth_ + block - 1) / block;
-  Source from{};
-  from.rows = rows;
-  from.gated = gated_;
-  from.codes = constant<uint8_t>(info, B, "B", ORT_UINT8, rows * blocks * (block * bits / 8));
-  from.scales = constant<float>(info, SCALES, "scales", ORT_FLOAT, rows * blocks);
-  if (info.has_input(ZERO_POINTS))
-    from.zeros = constant<uint8_t>(info, ZERO_POINTS, "zero_points", ORT_UINT8, rows * ((blocks * bits + 7) / 8));
-  if (info.has_input(G_IDX)) refuse("g_idx, an order of its own for columns, is not supported");
-  weights_ = pack(int(bits), block, blocks, from);
-  if (info.has_input(BIAS)) {
-    bias_ = panel_order(constant<float>(info, BIAS, "bias", ORT_FLOAT, rows), rows, gated_, weights_.panels);
+void in_two_threads(int64_t bytes, int64_t count, const std::function<void(int64_t, int64_t)>& work) {
+  const int64_t half = bytes < SERIAL_PACK ? 0 : count / 2;
+  std::thread helper;
+  try {
+    if (half > 0) helper = std::thread(work, 0, half);
+  } catch (const std::system_error&) {  // none to be had: alone, then
+    work(0, half);
   }
-  if (gated_) columns_ /= 2;
+  work(half, count);
+  if (helper.joinable()) helper.join();
 }
+
+MatMulNBits::MatMulNBits(const Info& info) : MatMulNBits(NBitsNode(info)) {}
+
+MatMulNBits::MatMulNBits(const NBitsNode& node)
+    : depth_(node.depth),
+      columns_(node.columns()),
+      activation_(node.activation),
+      gated_(node.gated),
+      path_(product_path(node.isa)),
+      weights_(pack(node)),
+      bias_(node.packed_bias(weights_.panels)) {}
 
 RoundedRows MatMulNBits::rounded(Context& context, const Tensor& x, const Tensor& given, int64_t rows) const {
   const int64_t block = weights_.block, blocks = weights_.blocks, width = blocks * block;
-  const Path& path = path_for(isa_);
-  // One allocation: codes first, which are the widest.
-  struct Rounded;
-  const size_t numbers = size_t(rows * blocks) * sizeof(float);
-  uint8_t* room = scratch<Rounded>(size_t(whole_lines(rows * width)) + 2 * numbers);
-  auto* codes = reinterpret_cast<int8_t*>(room);
-  auto* steps = reinterpret_cast<float*>(room + whole_lines(rows * width));
-  auto* sums = reinterpret_cast<int32_t*>(steps + rows * blocks);
-
   const float* floats = given ? nullptr : x.floats("A");
   const int8_t* taken = given ? x.as<const int8_t>(ORT_INT8, "A") : nullptr;
-  if (given) std::memcpy(steps, given.floats("steps"), numbers);
-  auto round = [&](int64_t row, int64_t first, int64_t group) {
-    int8_t* to = codes + first * width + (row - first) * 4;
-    if (given) {
-      path.take_row(taken + row * width, blocks, block, group, to, sums + row * blocks);
-    } else {
-      path.round_row(floats + row * depth_, depth_, blocks, block, group, to, steps + row * blocks,
-                     sums + row * blocks);
-    }
-  };
-  auto task = [&](size_t index) {  // GROUP rows, which may be several groups at the end
-    const int64_t begin = int64_t(index) * GROUP, end = std::min(begin + GROUP, rows);
-    for (int64_t first = begin, group; first < end; first += group) {
-      group = group_at(first, rows);
-      for (int64_t row = first; row < first + group; ++row) round(row, first, group);
-    }
-  };
-  const int64_t tasks = (rows + GROUP - 1) / GROUP;
-  if (rows * width <= SERIAL_ELEMENTS) {
-    for (int64_t index = 0; index < tasks; ++index) task(size_t(index));
-  } else {
-    context.parallel(size_t(tasks), task);
-  }
-  return {block, blocks, codes, steps, sums};
+  const float* taken_steps = given ? given.floats("steps") : nullptr;
+  return round_in_groups(
+      context, rows, block, blocks, [&](int64_t row, int64_t group, int8_t* codes, float* steps, int32_t* sums) {
+        if (given) {
+          std::memcpy(steps, taken_steps + row * blocks, size_t(blocks) * sizeof(float));
+          path_.take_row(taken + row * width, blocks, block, group, codes, sums);
+        } else {
+          path_.round_row(floats + row * depth_, depth_, blocks, block, group, codes, steps, sums);
+        }
+      });
 }
 
 void MatMulNBits::compute(Context& context) const {
@@ -359,10 +341,9 @@ void MatMulNBits::compute(Context& context) const {
   const RoundedRows activations = rounded(context, x, steps, rows);
   // Many small tasks, so that a thread that lost its core to somebody else holds nobody up.
   const int64_t panels = std::max<int64_t>(1, TASK_BYTES / weights_.panel_bytes());
-  const auto multiply = path_for(isa_).multiply_panels;
   context.parallel(size_t((weights_.panels + panels - 1) / panels), [&](size_t task) {
     const int64_t begin = int64_t(task) * panels, end = std::min(begin + panels, weights_.panels);
-    multiply(weights_, activations, rows, begin, end, epilogue);
+    path_.multiply_panels(weights_, activations, rows, begin, end, epilogue);
   });
 }
 

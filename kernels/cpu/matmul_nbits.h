@@ -9,7 +9,9 @@
 // product thus does not depend on the rows beside it, on the tasks, or on the instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "isa.h"
@@ -36,12 +38,13 @@ struct PackedWeights {
   int64_t block = 0;
   int64_t blocks = 0;  // of a row
   int64_t panels = 0;
+  int64_t first = 0;  // the panel that `data` begins with
   std::shared_ptr<const uint8_t[]> data;
 
   int64_t tiles_at() const { return (zeros ? 2 : 1) * PANEL * int64_t(sizeof(float)); }  // bytes into a block
   int64_t block_bytes() const { return tiles_at() + PANEL * block * bits / 8; }
   int64_t panel_bytes() const { return blocks * block_bytes(); }
-  const uint8_t* panel(int64_t index) const { return data.get() + index * panel_bytes(); }
+  const uint8_t* panel(int64_t index) const { return data.get() + (index - first) * panel_bytes(); }
 };
 
 // Rows of activations in 8 bits. Rows lie in groups of GROUP, the last ones in groups of half of that and so on, so
@@ -86,6 +89,76 @@ float activate(float x, Activation activation);
 // The row of W at one of a panel's PANEL places; -1 pads.
 int64_t source_row(int64_t panel, int place, int64_t rows, bool gated);
 
+// A node's attributes and constants, checked; what this operator and SparseMatMulNBits read alike.
+struct NBitsNode {
+  int64_t depth, rows;  // K and N
+  int64_t block, blocks;
+  int bits;
+  Activation activation;
+  bool gated;
+  Isa isa;
+  const uint8_t* codes;
+  const float* scales;
+  const uint8_t* zeros;  // null: the middle
+  const float* bias;     // null: none
+
+  explicit NBitsNode(const Info& info);
+  int64_t columns() const { return gated ? rows / 2 : rows; }
+  // Panels that hold all columns.
+  int64_t panels() const;
+  // The form of the weights without the weights.
+  PackedWeights form() const;
+  // One panel's blocks, in memory of form().panel_bytes().
+  void pack_panel(int64_t panel, uint8_t* to) const;
+  // The bias in the order of `panels` panels; null where there is none.
+  Bytes packed_bias(int64_t panels) const;
+};
+
+// What is computed in vectors, by instruction set.
+struct ProductPath {
+  void (*multiply_panels)(const PackedWeights&, const RoundedRows&, int64_t rows, int64_t begin, int64_t end,
+                          const Epilogue&);
+  void (*round_row)(const float* x, int64_t depth, int64_t blocks, int64_t block, int64_t group, int8_t* codes,
+                    float* steps, int32_t* sums);
+  void (*take_row)(const int8_t* x, int64_t blocks, int64_t block, int64_t group, int8_t* codes, int32_t* sums);
+};
+
+const ProductPath& product_path(Isa isa);
+
+// work(begin, end) over `count` parts that make `bytes`: a second thread does half of what is much, because a session
+// that opens has no pool to lend yet.
+void in_two_threads(int64_t bytes, int64_t count, const std::function<void(int64_t, int64_t)>& work);
+
+// `rows` rows of activations in groups. round(row, group, codes, steps, sums) rounds one: its first four codes are at
+// `codes`, the next four `group` rows behind; the other two are the row's own. Valid until this thread's next call.
+template <typename Round>
+RoundedRows round_in_groups(Context& context, int64_t rows, int64_t block, int64_t blocks, const Round& round) {
+  constexpr int64_t SERIAL_ELEMENTS = 16 << 10;  // that are rounded sooner than a thread is woken
+  const int64_t width = blocks * block;
+  // One allocation: codes first, which are the widest.
+  struct Rounded;
+  uint8_t* room = scratch<Rounded>(size_t(whole_lines(rows * width)) + 2 * size_t(rows * blocks) * sizeof(float));
+  auto* codes = reinterpret_cast<int8_t*>(room);
+  auto* steps = reinterpret_cast<float*>(room + whole_lines(rows * width));
+  auto* sums = reinterpret_cast<int32_t*>(steps + rows * blocks);
+  auto task = [&](size_t index) {  // GROUP rows, which may be several groups at the end
+    const int64_t begin = int64_t(index) * GROUP, end = std::min(begin + GROUP, rows);
+    for (int64_t first = begin, group; first < end; first += group) {
+      group = group_at(first, rows);
+      for (int64_t row = first; row < first + group; ++row) {
+        round(row, group, codes + first * width + (row - first) * 4, steps + row * blocks, sums + row * blocks);
+      }
+    }
+  };
+  const int64_t tasks = (rows + GROUP - 1) / GROUP;
+  if (rows * width <= SERIAL_ELEMENTS) {
+    for (int64_t index = 0; index < tasks; ++index) task(size_t(index));
+  } else {
+    context.parallel(size_t(tasks), task);
+  }
+  return {block, blocks, codes, steps, sums};
+}
+
 class MatMulNBits {
  public:
   static constexpr const char* NAME = "MatMulNBits";
@@ -105,12 +178,13 @@ class MatMulNBits {
   void compute(Context& context) const;
 
  private:
+  explicit MatMulNBits(const NBitsNode& node);
   RoundedRows rounded(Context& context, const Tensor& x, const Tensor& steps, int64_t rows) const;
 
   int64_t depth_, columns_;
   Activation activation_;
   bool gated_;
-  Isa isa_;
+  const ProductPath& path_;
   PackedWeights weights_;
   Bytes bias_;  // in panel order; null where there is none
 };

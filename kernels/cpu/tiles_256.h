@@ -146,6 +146,23 @@ INLINE Quads crumbs(Quads a) {
           _mm256_and_si256(_mm256_srli_epi16(a.hi, 2 * PLACE), mask)};
 }
 
+INLINE void interleave_half(__m256i a, __m256i b, __m256i c, __m256i d, __m256i (&out)[4]) {
+  const __m256i low_ab = _mm256_unpacklo_epi8(a, b), high_ab = _mm256_unpackhi_epi8(a, b);
+  const __m256i low_cd = _mm256_unpacklo_epi8(c, d), high_cd = _mm256_unpackhi_epi8(c, d);
+  out[0] = _mm256_unpacklo_epi16(low_ab, low_cd);
+  out[1] = _mm256_unpackhi_epi16(low_ab, low_cd);
+  out[2] = _mm256_unpacklo_epi16(high_ab, high_cd);
+  out[3] = _mm256_unpackhi_epi16(high_ab, high_cd);
+}
+// Four tiles, byte by byte: a lane of what comes out has one byte of each. Within every 16 bytes g, whose four lanes are
+// 4 g and behind, out[i] has bytes 4 i to 4 i + 3.
+INLINE void interleave(const Quads (&in)[4], Quads (&out)[4]) {
+  __m256i lo[4], hi[4];
+  interleave_half(in[0].lo, in[1].lo, in[2].lo, in[3].lo, lo);
+  interleave_half(in[0].hi, in[1].hi, in[2].hi, in[3].hi, hi);
+  for (int i = 0; i < 4; ++i) out[i] = {lo[i], hi[i]};
+}
+
 // For each lane four of the sixteen bytes at p: those whose numbers are the lane's bytes in `places`.
 INLINE I32 pick_bytes(const void* p, I32 places) {
   const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));

@@ -74,6 +74,17 @@ INLINE Quads crumbs(Quads a) {
   return {_mm512_and_si512(_mm512_srli_epi16(a.v, 2 * PLACE), _mm512_set1_epi8(0x03))};
 }
 
+// Four tiles, byte by byte: a lane of what comes out has one byte of each. Within every 16 bytes g, whose four lanes are
+// 4 g and behind, out[i] has bytes 4 i to 4 i + 3.
+INLINE void interleave(const Quads (&in)[4], Quads (&out)[4]) {
+  const __m512i low01 = _mm512_unpacklo_epi8(in[0].v, in[1].v), high01 = _mm512_unpackhi_epi8(in[0].v, in[1].v);
+  const __m512i low23 = _mm512_unpacklo_epi8(in[2].v, in[3].v), high23 = _mm512_unpackhi_epi8(in[2].v, in[3].v);
+  out[0].v = _mm512_unpacklo_epi16(low01, low23);
+  out[1].v = _mm512_unpackhi_epi16(low01, low23);
+  out[2].v = _mm512_unpacklo_epi16(high01, high23);
+  out[3].v = _mm512_unpackhi_epi16(high01, high23);
+}
+
 // For each lane four of the sixteen bytes at p: those whose numbers are the lane's bytes in `places`.
 INLINE I32 pick_bytes(const void* p, I32 places) {
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)), places.v)};

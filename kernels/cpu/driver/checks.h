@@ -7,6 +7,7 @@ void check_norm();
 void check_codebook_embedding();
 void check_group_query_attention();
 void check_matmul_nbits();
+void check_matmul_sparse();
 void check_matmul_ternary();
 
 }  // namespace driver

@@ -17,6 +17,7 @@ int main() {
       {"SkipRMSNorm and SkipLayerNorm", driver::check_norm},
       {"CodebookEmbedding", driver::check_codebook_embedding},
       {"MatMulNBits", driver::check_matmul_nbits},
+      {"SparseMatMulNBits", driver::check_matmul_sparse},
       {"GroupQueryAttention", driver::check_group_query_attention},
       {"MatMulTernary", driver::check_matmul_ternary},
   };

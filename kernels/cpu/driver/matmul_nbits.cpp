@@ -12,7 +12,9 @@ struct Case {
   int bits, block;
   bool zeros = false, bias = false, residual = false, steps = false, gated = false;
   const char* activation = "none";
+  float threshold = -1.0f;  // negative: of MatMulNBits, which has none
 
+  bool sparse() const { return threshold >= 0.0f; }
   int64_t K() const { return dims.back(); }
   int64_t blocks() const { return (K() + block - 1) / block; }
   int64_t rows() const { return count(dims) / K(); }
@@ -26,7 +28,7 @@ Dims last_dim(Dims dims, int64_t last) {
 
 Node node_of(const Case& c, Random& random) {
   Node node;
-  node.op = "MatMulNBits";
+  node.op = c.sparse() ? "SparseMatMulNBits" : "MatMulNBits";
   node.attributes = {{"K", c.K()},
                      {"N", c.N},
                      {"bits", int64_t{c.bits}},
@@ -34,6 +36,7 @@ Node node_of(const Case& c, Random& random) {
                      {"accuracy_level", int64_t{4}},
                      {"gated", int64_t{c.gated}},
                      {"activation", std::string(c.activation)}};
+  if (c.sparse()) node.attributes["threshold"] = c.threshold;
   node.inputs.resize(8);
   const Dims taken = last_dim(c.dims, c.blocks() * c.block);
   node.inputs[A] = c.steps ? random.integers<int8_t>(taken, 256) : random.normals(c.dims);
@@ -94,11 +97,13 @@ std::vector<double> rounded(const Case& c, const Node& node) {
         for (int64_t k = begin; k < end; ++k) x[size_t(row * width + k)] = codes[k] * step;
         continue;
       }
-      const float* from = data<float>(node.inputs[A]) + row * c.K();
+      std::vector<float> from(data<float>(node.inputs[A]) + row * c.K(), data<float>(node.inputs[A]) + (row + 1) * c.K());
+      for (float& value : from) value = std::fabs(value) < c.threshold ? 0.0f : value;
       float most = 0.0f;
-      for (int64_t k = begin; k < std::min(end, c.K()); ++k) most = std::max(most, std::fabs(from[k]));
+      for (int64_t k = begin; k < std::min(end, c.K()); ++k) most = std::max(most, std::fabs(from[size_t(k)]));
+      if (most == 0.0f) continue;
       for (int64_t k = begin; k < std::min(end, c.K()); ++k)
-        x[size_t(row * width + k)] = std::nearbyint(double(from[k] * (127.0f / most))) * double(most / 127.0f);
+        x[size_t(row * width + k)] = std::nearbyint(double(from[size_t(k)] * (127.0f / most))) * double(most / 127.0f);
     }
   }
   return x;
@@ -128,7 +133,7 @@ void check_case(const Case& c, Random& random) {
       wanted.push_back(y);
     }
   }
-  const std::string what = "rows=" + std::to_string(c.rows()) + " K=" + std::to_string(c.K()) +
+  const std::string what = node.op + " rows=" + std::to_string(c.rows()) + " K=" + std::to_string(c.K()) +
                            " N=" + std::to_string(c.N) + " bits=" + std::to_string(c.bits) +
                            " block=" + std::to_string(c.block) + " zeros=" + std::to_string(c.zeros) +
                            " gated=" + std::to_string(c.gated) + " " + c.activation;
@@ -207,7 +212,40 @@ void check_hostile(Random& random) {
   expect_refused(taken.with_input(STEPS, random.integers<int32_t>({2, 3}, 9)), "steps");
 }
 
+void check_hostile_threshold(Random& random) {
+  const Node good = node_of({{2, 70}, 22, 4, 32, true, true, true, false, true, "silu", 0.5f}, random);
+  for (float wrong : {-1.0f, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
+    expect_refused(good.with("threshold", wrong), "threshold");
+  expect_refused(good.with("threshold", int64_t{1}), "threshold");
+  expect_refused(good.with("N", int64_t{21}), "N is 21");
+  expect_refused(good.with("K", int64_t{71}), "A has");
+  expect_refused(good.with_input(A, random.normals({2, 96})), "A has");
+  expect_refused(good.with_input(A, random.integers<int8_t>({2, 70}, 100)), "A has");
+  expect_refused(good.with_input(RESIDUAL, random.normals({2, 22})), "residual");
+  expect_refused(good.with_input(B, random.integers<uint8_t>({22, 3, 15}, 256)), "B has");
+}
+
 }  // namespace
+
+void check_matmul_sparse() {
+  Random random(5);
+  for (int bits : {2, 4, 8}) {
+    for (int block : {32, 96, 256}) {
+      for (int64_t K : {1, 33, 300}) {
+        const int64_t N = 1 + random.below(300);
+        const bool zeros = random.below(2), bias = random.below(2), residual = random.below(2);
+        for (float threshold : {0.0f, 0.7f, 9.0f}) {
+          check_case({{1, K}, N, bits, block, zeros, bias, residual, false, false, "none", threshold}, random);
+          check_case({{3, K}, 2 * N, bits, block, zeros, bias, residual, false, true, "silu", threshold}, random);
+          check_case({{9, K}, N, bits, block, !zeros, !bias, !residual, false, false, "none", threshold}, random);
+        }
+      }
+    }
+  }
+  check_case({{2, 300}, 6000, 4, 128, true, false, false, false, false, "none", 0.5f}, random);  // strips
+  check_case({{0, 64}, 20, 4, 32, false, false, false, false, false, "none", 0.5f}, random);
+  check_hostile_threshold(random);
+}
 
 void check_matmul_nbits() {
   Random random(4);
