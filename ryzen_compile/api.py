@@ -25,6 +25,7 @@ from ryzen_compile.config import (
     EmbeddingCompression,
     KVCacheConfig,
     Recipe,
+    SparseActivations,
     find_recipe,
     refuse_decoding,
 )
@@ -94,6 +95,7 @@ def optimize(
     target_bits: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     embedding: Mapping[str, Any] | EmbeddingCompression | None = None,
+    sparsity: float | Mapping[str, Any] | SparseActivations | None = None,
     calibration: str | os.PathLike[str] = BUILTIN,
     passes: Sequence[Pass] | None = None,
     tokenizer: Any = None,
@@ -121,11 +123,12 @@ def optimize(
     :class:`KVCacheConfig`), ``window`` and ``sinks`` (endless streams in a cache of constant size), ``target_bits``
     (mixed precision: stored bits per weight) and ``overrides`` (regular expression over weight names -> ``{"bits": 8}``
     and such, or ``{"float": True}``) override its settings; ``embedding``, an :class:`EmbeddingCompression` or its
-    fields, stores the table of tokens as codes into a codebook. ``calibration`` is text for the methods that look at
-    activations, and for the ranges of an encoder's int8 codes: a ``.txt`` or ``.jsonl`` file, a directory of such, or
-    "builtin"; a model without a tokenizer is quantized without. ``passes`` replaces the recipe's own. ``verify`` runs
-    the parity gate after every pass: one that moves the logits beyond rounding is rolled back and named in the report,
-    a lossy one is held to the recipe's budget.
+    fields, stores the table of tokens as codes into a codebook; ``sparsity``, a share or a :class:`SparseActivations`,
+    drops so many channels of what linear layers read. ``calibration`` is text for the methods that look at activations,
+    and for the ranges of an encoder's int8 codes: a ``.txt`` or ``.jsonl`` file, a directory of such, or "builtin"; a
+    model without a tokenizer is quantized without. ``passes`` replaces the recipe's own. ``verify`` runs the parity
+    gate after every pass: one that moves the logits beyond rounding is rolled back and named in the report, a lossy one
+    is held to the recipe's budget.
     ``progress`` hears of every step. ``native``, ``cache_budget_bytes`` and ``prefix_bytes`` are as in :func:`load`.
     ``backend`` is "onnxruntime", "triton" (a GPU; ``precision`` "bf16", "fp16" or "fp32" is what it computes and caches
     in, bf16 unless said) or "eager" (the references).
@@ -144,6 +147,7 @@ def optimize(
         target_bits=target_bits,
         overrides=overrides,
         embedding=embedding,
+        sparsity=sparsity,
     )
     if passes is not None and chosen.embedding is not None:
         raise UsageError("passes replace the recipe's own, which embedding is for: give one or the other")
@@ -240,6 +244,7 @@ def export(
     target_bits: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     embedding: Mapping[str, Any] | EmbeddingCompression | None = None,
+    sparsity: float | Mapping[str, Any] | SparseActivations | None = None,
     calibration: str | os.PathLike[str] = BUILTIN,
     native: bool = False,
     force: bool = False,
@@ -275,6 +280,7 @@ def export(
         target_bits=target_bits,
         overrides=overrides,
         embedding=embedding,
+        sparsity=sparsity,
     )
     _refuse_cache("onnxruntime", chosen)
     _refuse_task(task, chosen, pooling)

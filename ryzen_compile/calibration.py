@@ -50,7 +50,7 @@ def read_calibration(
     ``UsageError`` for a text that was named and cannot be used, or that is too short.
     """
     rounds = recipe.weights is not None or recipe.ternary or recipe.kv.dtype != "fp32"
-    reads = rounds or recipe.embedding is not None
+    reads = rounds or recipe.embedding is not None or recipe.sparsity is not None
     if tokenizer is None and recipe.embedding is not None and recipe.embedding.reads_text:
         raise ConfigError(
             f"method {recipe.embedding.method!r} with weighting {recipe.embedding.weighting!r} of the embedding reads "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,6 +17,15 @@ ENCODER_RECIPE = "fp32"
 Bits = Literal[2, 3, 4, 8]
 Block = Literal[16, 32, 64, 128, 256]
 Method = Literal["rtn", "mse", "gptq"]
+
+
+def _checked_expressions(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    for expression in overrides:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
+    return overrides
 
 
 class TensorFormat(BaseModel):
@@ -65,15 +74,7 @@ class WeightQuantization(BaseModel):
             raise ValueError("expected a method that reads no text: rtn or mse")
         return fallback
 
-    @field_validator("overrides")
-    @classmethod
-    def _expressions(cls, overrides: Mapping[str, TensorFormat]) -> Mapping[str, TensorFormat]:
-        for expression in overrides:
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
-        return overrides
+    _expressions = field_validator("overrides")(_checked_expressions)
 
 
 class EmbeddingCompression(BaseModel):
@@ -118,6 +119,28 @@ class EmbeddingCompression(BaseModel):
     def reads_text(self) -> bool:
         """Whether it cannot be done without text."""
         return self.method == "dkm" or self.weighting == "fisher"
+
+
+class SparseActivations(BaseModel):
+    """What linear layers read, without the channels of small magnitude (TEAL, Liu et al., 2024): no training.
+
+    ``target`` is the share of channels that are dropped. With ``method`` "threshold" every input has a threshold,
+    calibrated on text, below which a channel counts as 0; with "topk" each token keeps as many of its largest. What
+    the head reads stays whole. ``allocation`` "greedy" drops more where that changes a layer's result less, and the
+    target on average over the weights; "uniform" the same share everywhere. ``overrides`` maps regular expressions over
+    module paths (of the layers that read an input) to targets of their own, 0 for none; the last that matches wins.
+    ``max_kl`` is the parity gate's budget: mean KL divergence in nats per token.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: float = Field(default=0.5, ge=0, le=0.95)
+    method: Literal["threshold", "topk"] = "threshold"
+    allocation: Literal["greedy", "uniform"] = "greedy"
+    overrides: Mapping[str, Annotated[float, Field(ge=0, le=0.95)]] = Field(default_factory=dict)
+    max_kl: float = Field(default=0.5, gt=0)
+
+    _expressions = field_validator("overrides")(_checked_expressions)
 
 
 # Nats per token; on the shipped model int8 costs 0.0001, int4 0.017.
@@ -182,6 +205,7 @@ class Recipe(BaseModel):
     ``embedding`` stores the table of tokens as codes into a codebook; a head tied to it keeps weights of its own.
     ``ternary`` is for models trained with linears of -1, 0 and +1: it rounds what these read to 8 bits a token, as
     training did, and stores them in 2 bits; ``weights`` are then about what is left.
+    ``sparsity`` drops small channels of what linear layers read; a number stands for a target.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -195,6 +219,12 @@ class Recipe(BaseModel):
     kv: KVCacheConfig = KVCacheConfig()
     embedding: EmbeddingCompression | None = None
     ternary: bool = False
+    sparsity: SparseActivations | None = None
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _target_alone(cls, given: object) -> object:
+        return {"target": given} if isinstance(given, (int, float)) else given
 
     @model_validator(mode="after")
     def _prompts_have_integers(self) -> Recipe:

@@ -31,6 +31,7 @@ from ryzen_compile.passes.quantize_kv_cache import QuantizeKVCache
 from ryzen_compile.passes.quantize_weights import QuantizeWeights
 from ryzen_compile.passes.recognize_activation import RecognizeActivation
 from ryzen_compile.passes.smooth_activations import SmoothActivations
+from ryzen_compile.passes.sparsify_activations import SparsifyActivations
 from ryzen_compile.passes.ternary_linears import TernaryLinears
 from ryzen_compile.program import Program
 from ryzen_compile.report import Loss, PassRecord, Report, Status
@@ -60,6 +61,7 @@ def default_passes(
     compress = () if compressor is None else (compressor,)
     ternary = (TernaryLinears(TERNARY_BUDGET),) if recipe.ternary else ()
     quantize = () if weights is None else (QuantizeWeights(weights, calibration=calibration, given=given),)
+    sparsify = () if recipe.sparsity is None else (SparsifyActivations(recipe.sparsity, calibration=calibration),)
     bounded = recipe.kv.bounded and recipe.kv.window is None  # a stream drops rows of all layers alike
     cache = () if recipe.kv.dtype == "fp32" else (QuantizeKVCache(recipe.kv, calibration=calibration),)
     prune = (PruneLogits(),) if recipe.logits == "last" else ()
@@ -76,6 +78,7 @@ def default_passes(
         FuseLinear(),  # needs the merged gate and up projection
         *compress,  # lookups only, before the table is taken for a weight like the others
         *quantize,  # weights stored together are merged, and the graph is still whole, so that it can be run on text
+        *sparsify,  # what thresholds are measured with are the weights that are stored
         InsertKVCache(bounded=bounded),  # everything around attention is final, so its projections go in whole
         *cache,  # when the cache is known to be exact
         *prune,  # only a cached graph may forget the other rows
@@ -206,7 +209,7 @@ def _accept_loss(
     if loss.within:
         return result.program, replace(_record(pass_, "applied", program, result, seconds), **figures)
     if pass_.required:
-        raise ParityError(f"pass {pass_.name}: {loss.text}", hint="more bits, smaller blocks, calibration on such text")
+        raise ParityError(f"pass {pass_.name}: {loss.text}", hint=pass_.remedy)
     rolled = PassResult(program, (), result.misses)
     record = _record(pass_, "rolled back", program, rolled, seconds, detail=loss.text)
     return program, replace(record, **figures)

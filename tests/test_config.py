@@ -13,6 +13,7 @@ from ryzen_compile.config import (
     RECIPES,
     KVCacheConfig,
     Recipe,
+    SparseActivations,
     TensorFormat,
     WeightQuantization,
     find_recipe,
@@ -216,3 +217,28 @@ def test_caches_that_cannot_be_asked_for(changes: dict[str, Any], said: str) -> 
     with pytest.raises(ConfigError) as caught:
         find_recipe("int4", **changes)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [0.5, {"target": 0.5}, SparseActivations()])
+def test_sparsity_is_a_share_or_settings(given: Any) -> None:
+    recipe = find_recipe("int4", sparsity=given)
+    assert recipe.sparsity == SparseActivations(target=0.5)
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert find_recipe(recipe, sparsity=0.25).sparsity == SparseActivations(target=0.25)
+    assert find_recipe("int4").sparsity is None
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (0.96, r"sparsity\.target: .* less than or equal to 0\.95, got 0\.96"),
+        (-0.1, r"sparsity\.target: .* greater than or equal to 0"),
+        ({"target": 0.5, "method": "random"}, r"sparsity\.method"),
+        ({"overrides": {"(": 0.5}}, r"sparsity\.overrides: .* is not a regular expression"),
+        ({"overrides": {"mlp": 1.5}}, r"sparsity\.overrides\.mlp"),
+        ({"share": 0.5}, r"sparsity\.share"),
+    ],
+)
+def test_a_sparsity_that_is_none_is_refused_by_name(given: Any, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        find_recipe("int4", sparsity=given)

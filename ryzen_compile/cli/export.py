@@ -43,6 +43,9 @@ def export(
         float | None, typer.Option(help="How much smaller than float32 the table is to be; chooses the others.")
     ] = None,
     embedding_steps: Annotated[int | None, typer.Option(help="Of training, with 'dkm'; default: 300.")] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of the channels that linear layers leave out, the smallest: 0 to 0.95.")
+    ] = None,
     calibration: Annotated[
         str, typer.Option(help="Text for methods that look at activations: a file, a directory, or 'builtin'.")
     ] = "builtin",
@@ -98,6 +101,7 @@ def export(
         embedding=embedding_settings(
             embedding, bits=embedding_bits, cluster_dim=cluster_dim, ratio=embedding_ratio, steps=embedding_steps
         ),
+        sparsity=sparsity,
     )
     passes = default_passes(chosen) if done == "generate" else encoder_passes(chosen)
     with narrated(len(passes), quiet=quiet or as_json) as progress:

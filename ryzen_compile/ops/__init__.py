@@ -33,6 +33,7 @@ from ryzen_compile.ops.norm import (
     rms_norm_backward,
 )
 from ryzen_compile.ops.rotary import rotary
+from ryzen_compile.ops.sparsity import sparsify, sparsify_topk
 
 __all__ = [
     "ACTIVATIONS",
@@ -62,4 +63,6 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
     "rotary",
+    "sparsify",
+    "sparsify_topk",
 ]

@@ -60,6 +60,7 @@ class Pass(ABC):
     produces: ClassVar[frozenset[str]] = frozenset()
     required: ClassVar[bool] = False  # without it nothing can run: a failure is an error
     works_on: ClassVar[str] = "such operator"  # what a required pass rewrites, in words
+    remedy: ClassVar[str] = "more bits, smaller blocks, calibration on such text"  # for one beyond its budget
     builds_on: ClassVar[str] = ""  # the pass whose misses explain why this one found nothing
 
     @abstractmethod

@@ -38,6 +38,7 @@ class OptimizePhase(Section):
     target_bits: float | None = None
     overrides: Mapping[str, Mapping[str, Any]] | None = None
     embedding: Mapping[str, Any] | None = None
+    sparsity: float | Mapping[str, Any] | None = None
     calibration: str = BUILTIN
     verify: bool | None = None
     tune_seconds: float = Field(default=20.0, ge=0)
@@ -58,6 +59,7 @@ class OptimizePhase(Section):
             target_bits=self.target_bits,
             overrides=self.overrides,
             embedding=self.embedding,
+            sparsity=self.sparsity,
         )
 
 

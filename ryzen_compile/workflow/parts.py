@@ -90,6 +90,8 @@ def _changes(plain: Recipe, recipe: Recipe) -> Mapping[str, Recipe]:
     if recipe.embedding is not None:
         table = recipe.embedding.model_copy(update={"method": "kmeans", "weighting": "frequency"})
         changes["table as codes"] = plain.model_copy(update={"embedding": table})
+    if recipe.sparsity is not None:
+        changes["sparse activations"] = plain.model_copy(update={"sparsity": recipe.sparsity})
     return changes
 
 

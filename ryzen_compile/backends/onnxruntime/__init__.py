@@ -41,6 +41,8 @@ SUPPORTED = frozenset(
         "linear_ternary",
         "rms_norm",
         "rotary",
+        "sparsify",
+        "sparsify_topk",
     )
 )
 

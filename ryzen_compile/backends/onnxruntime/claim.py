@@ -17,6 +17,7 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 from ryzen_compile.backends.onnxruntime.claim_lookup import LookupClaims, reads_codes
 from ryzen_compile.backends.onnxruntime.claim_report import KINDS, NATIVE, ClaimReport
 from ryzen_compile.backends.onnxruntime.claim_ternary import TernaryClaims
+from ryzen_compile.backends.onnxruntime.claim_sparsity import drops_channels, threshold_of
 from ryzen_compile.backends.onnxruntime.model_index import ModelIndex
 from ryzen_compile.backends.onnxruntime.node_facts import (
     KIND_OF,
@@ -57,9 +58,17 @@ def claim(model: ModelProto, *, kinds: frozenset[str] = KINDS, isa: str = "auto"
         raise ValueError(f"kinds of native operators are {', '.join(sorted(KINDS))}, got {sorted(unknown)}")
     work = _Claim(model)
     # Norms last: whether one may round depends on who its readers have become.
-    rules = {"embedding": work.embedding, "matmul": work.matmul, "attention": work.attention, "norm": work.norm}
+    rules = {
+        "embedding": work.embedding,
+        "sparse": work.sparse,  # before the products that it takes
+        "matmul": work.matmul,
+        "attention": work.attention,
+        "norm": work.norm,
+    }
     for kind, rule in rules.items():
         for index in work.of_kind(kind):
+            if index in work.thinned:
+                continue
             why = rule(index) if kind in kinds else "switched off"
             if why:
                 work.left[index] = why
@@ -78,10 +87,12 @@ class _Claim:
         self.left: dict[int, str] = {}
         self.fused: dict[str, int] = {}
         self.products: dict[int, NodeProto] = {}  # our MatMulNBits by the place of the node that each stands for
+        self.thinned: set[int] = set()  # the places of products that skip channels
         # A standard operator's name calls that operator, whatever function the model defines under it.
         self.functions = {(f.domain, f.name, f.overload): f for f in model.functions if f.domain == NATIVE}
         self.lookups = LookupClaims(self.functions, self.index)
         self.ternary = TernaryClaims(self.functions, self.nodes, self.index)
+        self.drops = {key for key, function in self.functions.items() if drops_channels(function)}
         self.gates = {key: gated_activation(function) for key, function in self.functions.items()}
         self.kinds = {place: kind for place, node in enumerate(self.nodes) if (kind := self._kind(node))}
 
@@ -90,6 +101,8 @@ class _Claim:
         return [place for place, its_kind in self.kinds.items() if its_kind == kind]
 
     def _kind(self, node: NodeProto) -> str:
+        if function_called(node) in self.drops:
+            return "sparse"
         if function_called(node) in self.functions:
             return "embedding" if reads_codes(node, self.index) else ""
         return KIND_OF.get(operator_of(node), "")
@@ -104,7 +117,42 @@ class _Claim:
         self.made[index] = made
         return ""
 
+    def sparse(self, index: int) -> str:
+        """All products that read what ``node`` leaves of a value become such as skip channels, or none."""
+        node = self.nodes[index]
+        threshold = threshold_of(node, self.index)
+        if isinstance(threshold, str):
+            return threshold
+        kept, readers = node.output[0], sorted(set(self.index.readers.get(node.output[0], ())))
+        if kept in self.index.outside or not readers:
+            return "what it leaves is read where we do not see it"
+        made = {}
+        for place in readers:
+            product = self._product(place) if self.kinds.get(place) == "matmul" else "no product with integer weights"
+            if isinstance(product, str):
+                return f"{self.nodes[place].name or self.nodes[place].op_type} reads what it leaves: {product}"
+            made[place] = product
+        for place, product in made.items():
+            product.op_type, product.input[0] = "SparseMatMulNBits", node.input[0]
+            product.attribute.append(onnx.helper.make_attribute("threshold", threshold))
+            self.made[self._absorb(place, product)] = product
+        self.thinned |= set(readers)
+        self.gone.add(index)
+        return ""
+
     def matmul(self, index: int) -> str:
+        made = self._product(index)
+        if isinstance(made, str):
+            return made
+        node = self.nodes[index]
+        ternary = self.ternary.claim(node, attributes_of(node))
+        if ternary is None:
+            self.products[index] = made
+        self.made[self._absorb(index, ternary or made)] = ternary or made
+        return ""
+
+    def _product(self, index: int) -> NodeProto | str:
+        """Our MatMulNBits in place of a product, or why it stays."""
         node = self.nodes[index]
         facts = attributes_of(node)
         if unknown := sorted(set(facts) - _MATMUL_ATTRIBUTES):
@@ -127,14 +175,9 @@ class _Claim:
         for place, what, element, count in wanted:
             if (inputs[place] or place < 3) and not self.index.is_constant(inputs[place], element, count):
                 return f"its {what} are not {count} constants of type {element}"
-        ternary = self.ternary.claim(node, facts)
-        if ternary is not None:
-            self.made[self._absorb(index, ternary)] = ternary
-            return ""
         made = onnx.helper.make_node("MatMulNBits", _trimmed(inputs), list(node.output), node.name, domain=NATIVE)
         made.attribute.extend(node.attribute)
-        self.made[self._absorb(index, made)] = self.products[index] = made
-        return ""
+        return made
 
     def _absorb(self, index: int, made: NodeProto) -> int:
         """Takes the one node behind the product into it, where it can; the place that ``made`` then has."""

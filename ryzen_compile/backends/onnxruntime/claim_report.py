@@ -8,13 +8,17 @@ from typing import Any
 
 NATIVE = "ryzen"  # the domain of our operators
 OPERATORS = frozenset(
-    ("MatMulNBits", "GroupQueryAttention", "SkipRMSNorm", "SkipLayerNorm", "CodebookEmbedding", "MatMulTernary")
+    (
+        *("MatMulNBits", "GroupQueryAttention", "SkipRMSNorm", "SkipLayerNorm", "CodebookEmbedding", "MatMulTernary"),
+        "SparseMatMulNBits",
+    )
 )
-KINDS = frozenset(("matmul", "attention", "norm", "embedding"))
+KINDS = frozenset(("matmul", "attention", "norm", "embedding", "sparse"))
 _KIND_OF_OURS = {
     "CodebookEmbedding": "embedding",
     "MatMulNBits": "matmul",
     "MatMulTernary": "matmul",
+    "SparseMatMulNBits": "sparse",
     "GroupQueryAttention": "attention",
     "SkipRMSNorm": "norm",
     "SkipLayerNorm": "norm",

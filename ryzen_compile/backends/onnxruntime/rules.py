@@ -17,6 +17,7 @@ from ryzen_compile.backends.onnxruntime.emit import CONTRIB, Emitter
 from ryzen_compile.backends.onnxruntime.functions import activation, gated_act
 from ryzen_compile.backends.onnxruntime.integer import embedding_nbits, linear_nbits
 from ryzen_compile.backends.onnxruntime.ternary import linear_ternary
+from ryzen_compile.backends.onnxruntime.sparsity import sparsify, sparsify_topk
 
 Values = tuple[ir.Value, ...]
 SKIP_RANKS = (2, 3)  # of the fused residual norms; any other rank is added first
@@ -91,6 +92,8 @@ RULES: dict[str, Callable[..., Values]] = {
     "linear_ternary": linear_ternary,
     "rms_norm": rms_norm,
     "rotary": rotary,
+    "sparsify": sparsify,
+    "sparsify_topk": sparsify_topk,
 }
 
 
