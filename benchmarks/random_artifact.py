@@ -10,18 +10,15 @@ from typing import Any
 LOUD = 400.0  # times the embedding's own size: then it outweighs what the layers add to it
 
 
-def prepare(
-    shape: str, kv: str, out: Path, *, decided: bool = False, ternary: bool = False, sparsity: float = 0.0
-) -> None:
+def prepare(shape: str, kv: str, out: Path, *, decided: bool = False, ternary: bool = False) -> None:
     """Exports in a child, whose memory is given back; unverified, for random weights' logits mean nothing.
 
-    With ``ternary`` all linears beside the head are, and the rest is as of the others: a head of 8 bits. ``sparsity``
-    is the share of channels that linear layers leave out, with thresholds chosen on random tokens. Of a model that is
-    ``decided``, every token has one successor, far ahead of all others: its text does not hang on roundings, as that of
-    flat random logits does.
+    With ``ternary`` all linears beside the head are, and the rest is as of the others: a head of 8 bits. Of a model
+    that is ``decided``, every token has one successor, far ahead of all others: its text does not hang on roundings, as
+    that of flat random logits does.
     """
     how = [*["decided"] * decided, *["ternary"] * ternary]
-    subprocess.run([sys.executable, __file__, shape, kv, str(out), str(sparsity), *how], check=True)
+    subprocess.run([sys.executable, __file__, shape, kv, str(out), *how], check=True)
 
 
 def decide(model: Any) -> None:
@@ -54,9 +51,9 @@ if __name__ == "__main__":
     from ryzen_compile.config import find_recipe
     from ryzen_compile.shapes import random_model
 
-    shape, kv, out, sparsity, *how = sys.argv[1:]
+    shape, kv, out, *how = sys.argv[1:]
     model = random_model(shape)
-    recipe = find_recipe("int4", kv=kv, method="rtn", sparsity=float(sparsity) or None)
+    recipe = find_recipe("int4", kv=kv, method="rtn")
     if "decided" in how:
         decide(model)
     if "ternary" in how:

@@ -7,8 +7,8 @@
 ``quality`` exports the shipped model in int4 and scores it, on standard operators, against itself in float32 on
 held-out text. ``operator`` times native products alone, several of a shape with weights of their own so that no cache
 holds them, beside the dense native product of the same weights. ``decode`` times steps of a decoder of random int4
-weights behind some tokens, with thresholds chosen on random tokens, beside the same decoder without any, and counts the
-share of channels that those thresholds drop on other random tokens. Each side runs in a process of its own, in turns,
+weights behind some tokens, with thresholds chosen on random tokens, beside the same decoder without any, and counts
+what those thresholds drop of other random tokens. Each side runs in a process of its own, in turns,
 forwards and backwards: ratios are those within a round. Results go to ``benchmarks/data/sparsity.csv``.
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 from quality import MODEL, held_out_text, shown, spread_windows
@@ -36,9 +37,14 @@ from random_artifact import prepare
 import ryzen_compile
 from ryzen_compile.api import export, read_source
 from ryzen_compile.backends.onnxruntime import native
+from ryzen_compile.backends.onnxruntime.artifact import slots_of
+from ryzen_compile.backends.onnxruntime.emit import Emitter
+from ryzen_compile.backends.onnxruntime.session import OrtEngine, SessionOptions
+from ryzen_compile.backends.onnxruntime.sparsity import sparsify
+from ryzen_compile.manifest import read_manifest
 from ryzen_compile.runtime.cache import KVCache
-from ryzen_compile.runtime.generate import read
 from ryzen_compile.shapes import SHAPES
+from ryzen_compile.spec import CacheSlot, ModelSpec
 from ryzen_compile.validate.machine import read_machine, read_versions
 from ryzen_compile.validate.quality import EngineScorer, ModelScorer, score
 
@@ -47,6 +53,7 @@ PRODUCTS = ((2048, 5632), (5632, 2048))  # K, N
 BLOCK, BITS = 128, 4
 LARGE = 256 << 20  # bytes of weights in one graph: several times the last cache
 THRESHOLD = 0.5
+TOKENS, PASSES = 32, 3  # random ones that a decoder's thresholds are chosen on, over and over
 WARM_UP = 3
 
 
@@ -117,12 +124,78 @@ def operator(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
-    sides = ["0", *(f"{share:g}" for share in args.shares if share)]
-    args.work.mkdir(parents=True, exist_ok=True)
-    for side in sides:
-        if not (args.work / f"{args.shape}-{side}").exists():
-            prepare(args.shape, "int8", args.work / f"{args.shape}-{side}", sparsity=float(side))
-    return table("decode", in_turns(args, sides))
+    """The dense artifact, and graphs over its weights that drop shares of the channels."""
+    artifact = args.work / args.shape
+    if not artifact.exists():
+        args.work.mkdir(parents=True, exist_ok=True)
+        prepare(args.shape, "int8", artifact)
+    for share in filter(None, args.shares):
+        for depth in args.depths:
+            if not graph_of(artifact, f"{share:g}", depth).exists():
+                thin_out(artifact, share, depth)
+    return table("decode", in_turns(args, [f"{share:g}" for share in sorted({0.0, *args.shares})]))
+
+
+def graph_of(artifact: Path, share: str, depth: int) -> Path:
+    return artifact / ("model.onnx" if share == "0" else f"model-{share}-{depth}.onnx")
+
+
+def thin_out(artifact: Path, share: float, depth: int) -> None:
+    """Writes a graph whose products but the head's read what is left by thresholds that random tokens behind ``depth``
+    others gave: of random weights none is more sensitive than another, so all inputs lose the same share."""
+    model = onnx.load(artifact / "model.onnx", load_external_data=False)
+    found = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    products = [node for node in found if "logits" not in node.output]
+    names = list(dict.fromkeys(node.input[0] for node in products))
+    e = Emitter()
+    sparsify(e, ir.Value(name="x"), threshold=1.0)
+    (function,) = e.functions.values()
+    model.functions.append(ir.to_proto(function))
+    model.opset_import.append(helper.make_opsetid("ryzen", 1))
+    for number, name in enumerate(names):
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(0), f"threshold{number}"))
+        kept = helper.make_node(function.name, [name, f"threshold{number}"], [f"kept{number}"], domain="ryzen")
+        readers = [node for node in products if node.input[0] == name]
+        model.graph.node.insert(list(model.graph.node).index(readers[0]), kept)
+        for node in readers:
+            node.input[0] = kept.output[0]
+    for _ in range(PASSES):  # what a layer reads follows from what those before it drop
+        values = values_of(model, artifact, names, depth, seed=1)
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        for number, value in enumerate(values):
+            found = np.quantile(np.abs(value), share).astype(np.float32)
+            tensors[f"threshold{number}"].CopyFrom(numpy_helper.from_array(found, f"threshold{number}"))
+    onnx.save(model, graph_of(artifact, f"{share:g}", depth))
+
+
+def values_of(model: onnx.ModelProto, artifact: Path, names: list[str], depth: int, seed: int) -> list[np.ndarray]:
+    """What these values are when the model reads random tokens behind ``depth`` others."""
+    wanted = onnx.ModelProto()
+    wanted.CopyFrom(model)
+    wanted.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    session = native.open_model(wanted, artifact, onnxruntime.SessionOptions())
+    manifest = read_manifest(artifact)
+    ids = np.random.default_rng(seed).integers(manifest["spec"]["vocab"], size=(1, TOKENS))
+    positions = np.arange(depth, depth + TOKENS)[None]
+    feeds = {"input_ids": ids, "attention_mask": np.ones((1, depth + TOKENS), np.int64), "position_ids": positions}
+    cache = filled(slots_of(manifest), depth, depth)
+    for index, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        past = (keys[:, :, :depth], values[:, :, :depth])
+        feeds |= {f"past_key_values.{index}.{half}": rows for half, rows in zip(("key", "value"), past, strict=True)}
+    taken = {value.name for value in session.get_inputs()}
+    found: list[np.ndarray] = session.run(names, {name: value for name, value in feeds.items() if name in taken})
+    return found
+
+
+def filled(slots: tuple[CacheSlot, ...], depth: int, capacity: int) -> KVCache:
+    """A cache that holds ``depth`` tokens of random numbers, the same for the same depth."""
+    cache = KVCache(slots, 1, max(1, capacity), limit=max(1, capacity))
+    random = np.random.default_rng(7)
+    for rows in (*cache.keys, *cache.values):
+        part = rows[:, :, :depth]
+        part[:] = (30 * random.standard_normal(part.shape)).clip(-127, 127).astype(rows.dtype)
+    cache.lengths[:] = depth
+    return cache
 
 
 # --- one side, in a process of its own
@@ -170,35 +243,33 @@ def products(args: argparse.Namespace, depth: int, rows: int, copies: int, rando
 
 def decode_sample(args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of a step of one token behind each of the depths."""
-    artifact = args.work / f"{args.shape}-{args.child}"
-    found = {}
-    with ryzen_compile.load(artifact, threads=args.threads, digests=False, native=True) as model:
-        if args.child != "0" and "sparse" not in model.engine.claims.whole:
-            raise SystemExit(f"not every product skips channels: {model.engine.claims.to_text()}")
-        ids = np.random.default_rng(0).integers(model.spec.vocab, size=max(args.depths) + 1)
-        room = max(args.depths) + args.steps + WARM_UP
-        cache = KVCache(model.engine.slots, 1, room, limit=model.spec.context)
-        if max(args.depths):
-            read(model.engine, cache, ids[: max(args.depths)].tolist(), chunk=512)
-        for depth in args.depths:
-            cache.lengths[:] = depth
+    artifact = args.work / args.shape
+    manifest = read_manifest(artifact)
+    spec, found = ModelSpec(**manifest["spec"]), {}
+    for depth in args.depths:
+        path = graph_of(artifact, args.child, depth)
+        engine = OrtEngine(path, spec, slots_of(manifest), SessionOptions(threads=args.threads, require_native=True))
+        if args.child != "0" and "sparse" not in engine.claims.whole:
+            raise SystemExit(f"not every product skips channels: {engine.claims.to_text()}")
+        cache = filled(engine.slots, depth, depth + args.steps + WARM_UP)
+        random = np.random.default_rng(0)
 
-            def step() -> None:
-                token = np.random.default_rng(int(cache.lengths[0])).integers(model.spec.vocab, size=(1, 1))
-                model.engine.step(token, cache)
-                cache.advance(1)
+        def step(engine: OrtEngine = engine, cache: KVCache = cache, random: Any = random) -> None:
+            engine.step(random.integers(spec.vocab, size=(1, 1)), cache)
+            cache.advance(1)
 
-            found[f"step @ {depth}"] = median_ms(step, args.steps)
-            if args.child != "0":
-                found[f"step @ {depth}, zeros"] = reached(artifact)
+        found[f"step @ {depth}"] = median_ms(step, args.steps)
+        engine.close()
+        if args.child != "0":
+            found[f"step @ {depth}, zeros"] = reached(path, depth)
     return found
 
 
-def reached(artifact: Path) -> float:
-    """The mean share, over the inputs of products, that thresholds drop of what they were not chosen on."""
-    passes = json.loads((artifact / "report.json").read_text())["records"]
-    notes = [hit["note"] for one in passes if one["name"] == "sparsify_activations" for hit in one["hits"]]
-    return statistics.mean(float(re.search(r"([\d.]+)% of random tokens", note)[1]) / 100 for note in notes)
+def reached(path: Path, depth: int) -> float:
+    """The mean share that thresholds drop of tokens that they were not chosen on."""
+    model = onnx.load(path, load_external_data=False)
+    names = [node.output[0] for node in model.graph.node if node.domain == "ryzen"]
+    return statistics.mean(float((x == 0).mean()) for x in values_of(model, path.parent, names, depth, seed=2))
 
 
 def median_ms(run: Any, times: int) -> float:

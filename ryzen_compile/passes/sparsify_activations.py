@@ -135,7 +135,7 @@ def find_reads(program: Program) -> tuple[list[Read], list[fx.Node]]:
     """What linears read, in graph order, and the linears whose input is left alone."""
     head, _ = head_chain(program.outputs[0])
     readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    dense = []
+    dense: list[fx.Node] = []
     for node in program.graph.nodes:
         if is_call(node, *PRODUCTS) and node.users and not is_call(node.args[0], *DROPS):
             (dense if node is head else readers[node.args[0]]).append(node)
