@@ -268,7 +268,7 @@ def decode_sample(args: argparse.Namespace) -> dict[str, float]:
 def reached(path: Path, depth: int) -> float:
     """The mean share that thresholds drop of tokens that they were not chosen on."""
     model = onnx.load(path, load_external_data=False)
-    names = [node.output[0] for node in model.graph.node if node.domain == "ryzen"]
+    names = [node.output[0] for node in model.graph.node if node.op_type == "Sparsify"]
     return statistics.mean(float((x == 0).mean()) for x in values_of(model, path.parent, names, depth, seed=2))
 
 

@@ -75,7 +75,7 @@ def test_native_operators_are_chosen_like_threads() -> None:
     chosen, why = choose((none, every))
     assert (
         chosen is every
-        and why == "native attention, embedding, matmul, norm: the fastest, and nothing simpler comes within the noise"
+        and why == f"native {', '.join(sorted(KINDS))}: the fastest, and nothing simpler comes within the noise"
     )
     assert choose((NativeCandidate(KINDS, (20.0,)), none)) == (
         none,
@@ -141,7 +141,7 @@ def test_options_come_from_the_record_of_this_machine_only() -> None:
         (("native",), {**NATIVE, "kinds": [["norm"]]}, "native must name kinds"),
         (("native",), {**NATIVE, "kinds": "norm"}, "native must name kinds"),
         (("native",), {**NATIVE, "reason": 1}, "native must be a text"),
-        (("native",), {**NATIVE, "candidates": []}, "native must have 1 to 16 candidates"),
+        (("native",), {**NATIVE, "candidates": []}, "native must have 1 to 32 candidates"),
         (("native",), {**NATIVE, "candidates": [{"kinds": []}]}, "native must have kinds and visits"),
         (("native",), {**NATIVE, "candidates": [{"kinds": [], "visits": [0]}]}, "native must be seconds"),
         (("exit",), None, "exit must have layers, agreement, seconds and gain"),
