@@ -16,8 +16,8 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
 from ryzen_compile.backends.onnxruntime.claim_lookup import LookupClaims, reads_codes
 from ryzen_compile.backends.onnxruntime.claim_report import KINDS, NATIVE, ClaimReport
-from ryzen_compile.backends.onnxruntime.claim_ternary import TernaryClaims
 from ryzen_compile.backends.onnxruntime.claim_sparsity import drops_channels, threshold_of
+from ryzen_compile.backends.onnxruntime.claim_ternary import TernaryClaims
 from ryzen_compile.backends.onnxruntime.model_index import ModelIndex
 from ryzen_compile.backends.onnxruntime.node_facts import (
     KIND_OF,

@@ -16,8 +16,8 @@ from ryzen_compile.backends.onnxruntime.codebook_lookup import codebook_embeddin
 from ryzen_compile.backends.onnxruntime.emit import CONTRIB, Emitter
 from ryzen_compile.backends.onnxruntime.functions import activation, gated_act
 from ryzen_compile.backends.onnxruntime.integer import embedding_nbits, linear_nbits
-from ryzen_compile.backends.onnxruntime.ternary import linear_ternary
 from ryzen_compile.backends.onnxruntime.sparsity import sparsify, sparsify_topk
+from ryzen_compile.backends.onnxruntime.ternary import linear_ternary
 
 Values = tuple[ir.Value, ...]
 SKIP_RANKS = (2, 3)  # of the fused residual norms; any other rank is added first
