@@ -51,6 +51,15 @@ def test_masks_of_transformers() -> None:
         read_mask(chunked, 512)
 
 
+@pytest.mark.parametrize("size", [2, 3, 64, 4097])
+def test_a_window_to_both_sides(size: int) -> None:
+    assert read_mask(lambda b, h, q, k: (k - q).abs() < size) == MaskSpec(causal=False, window=size)
+    function = masking_utils.sliding_window_bidirectional_mask_function(
+        size - 1
+    )  # counts the key it reaches, not itself
+    assert read_mask(function, size - 1) == MaskSpec(causal=False, window=size)
+
+
 def test_a_hint_makes_the_rows_long_enough() -> None:
     assert read_mask(window(REACH + 7), REACH + 7) == MaskSpec(True, REACH + 7)
     assert read_mask(window(REACH + 7)) == MaskSpec()  # no row is long enough: as good as none
@@ -74,7 +83,8 @@ NEITHER = {
     "chunked by 3": chunk(3),
     "two documents": lambda b, h, q, k: (k <= q) & ((k < 20_000) == (q < 20_000)),
     "prefix seen by all": prefix,
-    "window to both sides": lambda b, h, q, k: (k - q).abs() < 4,
+    "window further to one side": lambda b, h, q, k: ((k - q) < 5) & ((q - k) < 4),
+    "window, and all later keys": lambda b, h, q, k: k > q - 4,
     "dilated": lambda b, h, q, k: (k <= q) & ((q - k) % 2 == 0),
     "itself hidden": lambda b, h, q, k: k < q,
     "one key too far": lambda b, h, q, k: k <= q + 1,

@@ -20,10 +20,10 @@ from ryzen_compile.passes.eliminate_dead import EliminateDead
 from ryzen_compile.passes.fuse_add_norm import FuseAddNorm
 from ryzen_compile.passes.fuse_norm import FuseNorm
 from ryzen_compile.passes.insert_kv_cache import InsertKVCache
-from ryzen_compile.pipeline import LATE_ALLOWANCE, Observer, default_passes, run_passes
+from ryzen_compile.pipeline import Observer, default_passes, run_passes
 from ryzen_compile.program import Program, is_call, module_path
-from ryzen_compile.report import PassRecord
-from ryzen_compile.validate.parity import ParityGate, full_logits
+from ryzen_compile.report import Loss, PassRecord
+from ryzen_compile.validate.parity import LATE_ALLOWANCE, ParityGate, divergence_loss, full_logits
 from ryzen_compile.verify import verify
 from tests.passes.graphs import Graph
 from tests.zoo import NanoDecoder, randomize
@@ -544,8 +544,8 @@ class Measured:
     def measure(self, program: Program) -> tuple[float, float, bool]:
         return 0.0, 0.0, True
 
-    def measure_loss(self, program: Program) -> tuple[float, float, float]:
-        return self.found
+    def judge(self, program: Program, pass_: Pass) -> Loss:
+        return divergence_loss(*self.found, pass_.max_kl)
 
     def rebase(self, program: Program) -> None:
         self.references += 1

@@ -32,6 +32,7 @@ dialect = torch.ops.ryzen
 SINGLE = (dialect.layer_norm, dialect.rms_norm)
 ADDING = (dialect.add_layer_norm, dialect.add_rms_norm)
 TOKENS = 2048  # of text that sizes are read off
+EVEN = 0.01  # a norm that every channel would be divided by less than this off 1 is left alone
 LEAST = 1e-5  # of a channel's size: one that is always zero stays one
 
 
@@ -62,13 +63,17 @@ class SmoothActivations(Pass):
     def run(self, program: Program) -> PassResult:
         found = [_match(node, program) for node in program.graph.nodes if is_call(node, *SINGLE, *ADDING)]
         matches = [m for m in found if isinstance(m, Match)]
+        spreads = dict(zip(matches, self._spreads(program, matches), strict=True))
+        even = [m for m, spread in spreads.items() if float((spread - 1).abs().max()) < EVEN]
+        found += [NoMatch("its channels are as large as their weights call for", m.norm) for m in even]
         misses = tuple(Site(m.node.name, module_path(m.node), m.reason) for m in found if isinstance(m, NoMatch))
+        matches = [m for m in matches if m not in even]
         if not matches:
             return PassResult(program, misses=misses)
-        spreads = self._spreads(program, matches)
         edit = Edit(program, self.name)
         nodes = {node.name: node for node in edit.graph.nodes}  # Edit works on a copy of the graph
-        for m, spread in zip(matches, spreads, strict=True):
+        for m in matches:
+            spread = spreads[m]
             _rewrite(edit, Match(nodes[m.norm.name], nodes[m.y.name], tuple(nodes[n.name] for n in m.linears)), spread)
         hits = tuple(Site(m.norm.name, module_path(m.norm)) for m in matches)
         return PassResult(edit.finish(), hits, misses)

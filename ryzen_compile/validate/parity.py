@@ -105,7 +105,11 @@ class ParityGate:
             known = values.get(node.name)
             if first or not isinstance(value, Tensor) or not isinstance(known, Tensor) or known.shape != value.shape:
                 return
-            if not torch.allclose(known, value, rtol=1e-3, atol=1e-4 * float(known.abs().max() + 1)):
+            if not value.is_floating_point():  # a mask, say
+                apart = not torch.equal(known, value)
+            else:
+                apart = not torch.allclose(known, value, rtol=1e-3, atol=1e-4 * float(known.abs().max() + 1))
+            if apart:
                 first.append(f"{module_path(node) or 'the model'} ({node.name})")
 
         _watch(after, self._feeds(after), compare)

@@ -48,7 +48,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, o: Options) ->
             products = torch.einsum("td,sd->ts", q[b, h], k[b, kv]).tolist()
             sink = math.exp(float(sinks[h])) if sinks is not None else 0.0
             for t in range(tokens):
-                last = min(t + o.shift, tokens - 1) if o.causal else tokens - 1
+                behind = t + o.shift if o.causal else t + o.shift + o.window - 1 if o.window else tokens
+                last = min(behind, tokens - 1)
                 first = max(t + o.shift - o.window + 1, 0) if o.window else 0
                 scores = [o.scale * s for s in products[t][first : last + 1]]
                 weights = [math.exp(o.softcap * math.tanh(s / o.softcap) if o.softcap else s) for s in scores]
@@ -81,6 +82,7 @@ FORMS = {
     "softcap": Options(softcap=0.8),
     "sinks": Options(sinks=True),
     "all keys": Options(causal=False),
+    "window to both sides": Options(window=3, causal=False),
     "all at once": Options(window=3, softcap=0.8, sinks=True),
 }
 
@@ -99,6 +101,27 @@ def test_attention_is_its_formula(form: str, heads: int, kv_heads: int, tokens: 
 def test_one_token_sees_itself() -> None:
     q, k, v = (torch.randn(1, 1, 1, 1) for _ in range(3))
     assert_close(run(q, k, v, None, Options()), v, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "form", [Options(causal=False), Options(causal=False, sinks=True), FORMS["window to both sides"]]
+)
+def test_padding_is_as_if_it_were_not_there(form: Options, dtype: torch.dtype) -> None:
+    """Padding behind: every token's row is that of the tokens alone, whatever stands in the padding."""
+    q, k, v = qkv(tokens=11)
+    o, sinks = form, torch.randn(4) if form.sinks else None
+    mask = torch.ones(2, 11, dtype=dtype)
+    mask[1, 5:] = 0
+    rest = sinks, o.scale, o.window, o.softcap, o.causal
+    got = ops.attention(q, k, v, *rest, mask)
+    assert_close(got[0], run(q, k, v, sinks, o)[0], rtol=1e-6, atol=1e-6)
+    alone = run(*(x[1:, :, :5] for x in (q, k, v)), sinks, o)
+    assert_close(got[1:, :5], alone, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(got[1:, :5], run(q, k, v, sinks, o)[1:, :5], atol=1e-2)
+    k[1, :, 5:], v[1, :, 5:] = 1e4, 1e4
+    assert torch.equal(ops.attention(q, k, v, *rest, mask)[:, :5], got[:, :5])
+    assert got.isfinite().all() and (o.window == 0 or not got[1, 7:].any())  # a query that sees nothing gets zeros
 
 
 CONTROLS = {
@@ -626,6 +649,7 @@ def test_the_comparison_sees_a_wrong_rolling_cache(control: str) -> None:
 def test_opcheck_attention(x: Tensor) -> None:
     opcheck(ops.attention, (x, x[:, :2], x[:, 2:], None, 0.5, 3, 2.0, True))
     opcheck(ops.attention, (x, x[:, :1], x[:, :1, :, :5], torch.randn(4), 0.5, 0, 0.0, False))
+    opcheck(ops.attention, (x, x[:, :2], x[:, 2:], None, 0.5, 2, 0.0, False, torch.tensor([[0, 1, 1, 0, 0], [1] * 5])))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, o: Options) ->
     behind = torch.arange(tokens)[:, None] + o.shift - torch.arange(tokens)  # of a key, behind a query
     hidden = (behind < 0) if o.causal else torch.zeros_like(behind, dtype=torch.bool)
     if o.window:
-        hidden = hidden | (behind >= o.window)
+        hidden = hidden | (behind.abs() >= o.window)
     powers = scores.masked_fill(hidden, float("-inf")).exp()
     total = powers.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp().view(1, -1, 1, 1))
     return torch.einsum("bhts,bhsd->bthd", powers / total, v[:, of])
@@ -64,7 +64,7 @@ FORMS = {
     "plain": Options(),
     "window 1": Options(window=1),
     "window 3": Options(window=3),
-    "window, later keys": Options(window=3, causal=False),
+    "window to both sides": Options(window=3, causal=False),
     "all keys": Options(causal=False),
     "softcap": Options(softcap=0.8),
     "softcap below 0": Options(softcap=-0.8),
@@ -86,11 +86,30 @@ def test_gradients_are_those_of_the_formula(form: str) -> None:
     assert_close(got, torch.autograd.grad(want, there(inputs), grad), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["plain", "window, later keys", "everything"])
+@pytest.mark.parametrize("form", ["plain", "window to both sides", "everything"])
 def test_gradients_are_quotients_of_differences(form: str) -> None:
     o = FORMS[form]
     inputs = tensors(o, tokens=4)
     assert torch.autograd.gradcheck(lambda *x: ops.attention(*x, *([] if o.sinks else [None]), *o.form), there(inputs))
+
+
+@pytest.mark.parametrize("form", ["all keys", "window to both sides", "everything"])
+def test_gradients_pass_padding_by(form: str) -> None:
+    """A query that sees nothing (padding in a window of padding) gives no gradient, and no NaN."""
+    o = FORMS[form]
+    inputs = tensors(o, tokens=6)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1] * 6])
+
+    def attention(*x: Tensor) -> Tensor:
+        return ops.attention(*x, *([] if o.sinks else [None]), *o.form, mask)
+
+    assert torch.autograd.gradcheck(attention, there(inputs))
+    out = attention(*there(inputs))
+    dk, dv = torch.autograd.grad(out.sum(), inputs[1:3])
+    assert not dk[0, :, 3:].any() and not dv[0, :, 3:].any() and dv[0, :, :3].all() and dv[1].all()
+    if not o.causal:
+        alone = ops.attention(*(x[:1, :, :3] for x in inputs[:3]), None, *o.form)
+        assert_close(out[:1, :3], alone, rtol=1e-12, atol=1e-12)
 
 
 CONTROLS = {

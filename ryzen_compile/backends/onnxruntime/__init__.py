@@ -113,8 +113,8 @@ class OnnxRuntimeBackend:
         """Writes ``model.onnx`` and its data into the existing ``directory``; returns the model's path.
 
         With ``options.wide_prompts``, and for an encoder with integer weights, also ``prefill.onnx``, the form for many
-        rows; what both read is stored once. Raises ``UsageError`` for a decoder without a cache and ``UnsupportedError``, by node and module path, for what cannot
-        be lowered.
+        rows; what both read is stored once. Raises ``UsageError`` for a decoder without a cache and
+        ``UnsupportedError``, by node and module path, for what cannot be lowered.
         """
         from ryzen_compile.backends.onnxruntime import lowering
         from ryzen_compile.backends.onnxruntime.emit import LoweringOptions

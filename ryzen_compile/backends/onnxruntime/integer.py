@@ -108,10 +108,8 @@ def rows_by_bytes(e: Emitter, x: ir.Value, weight: ir.Value, channel: ir.Value) 
     """``x`` (..., C), rounded to 8 bits row by row, times ``weight`` (C, N) int8 with a scale for each channel (N,)."""
     middle = ZEROS.get(e.activated.get(x, ""), ZERO) if e.options.many_rows else ZERO
     step, codes = e.call("QuantizeRows", (middle,), partial(_quantize_rows, middle), (x,), outputs=2)
-    one, zero = (
-        e.once(("one",), lambda: e.constant(1.0)),
-        e.once(("zero", middle), lambda: e.constant(middle, np.uint8)),
-    )
+    one = e.once(("one",), lambda: e.constant(1.0))
+    zero = e.once(("zero", middle), lambda: e.constant(middle, np.uint8))
     product = e.op("MatMulIntegerToFloat", codes, weight, one, channel, zero, domain=CONTRIB)
     return e.op("Mul", product, step)
 
