@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -205,14 +206,13 @@ def _accept_loss(
         loss = gate.judge(result.program, pass_)
         if loss.within:
             gate.rebase(result.program)
-    figures = {"kl": loss.kl, "late_kl": loss.late_kl, "top1": loss.top1, "cosine": loss.cosine}
+    measured = partial(replace, kl=loss.kl, late_kl=loss.late_kl, top1=loss.top1, cosine=loss.cosine)
     if loss.within:
-        return result.program, replace(_record(pass_, "applied", program, result, seconds), **figures)
+        return result.program, measured(_record(pass_, "applied", program, result, seconds))
     if pass_.required:
         raise ParityError(f"pass {pass_.name}: {loss.text}", hint=pass_.remedy)
     rolled = PassResult(program, (), result.misses)
-    record = _record(pass_, "rolled back", program, rolled, seconds, detail=loss.text)
-    return program, replace(record, **figures)
+    return program, measured(_record(pass_, "rolled back", program, rolled, seconds, detail=loss.text))
 
 
 @contextmanager

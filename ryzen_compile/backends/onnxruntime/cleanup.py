@@ -56,7 +56,8 @@ def split_sequences(graph: ir.Graph) -> None:
         }
         sizes = node.inputs[1].const_value.numpy().reshape(-1).tolist()
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        whole = node.inputs[0].shape[axis] if node.inputs[0] is not None and node.inputs[0].shape is not None else None
+        shape = None if node.inputs[0] is None else node.inputs[0].shape
+        whole = None if shape is None else shape[axis]
         if len(sizes) == 1 and isinstance(whole, int):  # one number is the size of each part
             sizes = [min(sizes[0], whole - start) for start in range(0, whole, sizes[0])]
         if sum(sizes) != whole or any(u.op_type != "SequenceAt" or index is None for u, index in picks.items()):
@@ -69,9 +70,9 @@ def split_sequences(graph: ir.Graph) -> None:
             if index is None:  # excluded above; said for the type checker
                 continue
             old, new = user.outputs[0], split.outputs[int(index.numpy())]
-            if new.shape is None:
+            if new.shape is None and shape is not None:
                 new.name, new.type, old.name = old.name, old.type, None
-                part = list(node.inputs[0].shape)
+                part = list(shape)
                 part[axis] = sizes[int(index.numpy())]
                 new.shape = ir.Shape(part)
             convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
