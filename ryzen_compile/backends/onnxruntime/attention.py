@@ -60,6 +60,8 @@ def _multi_head(
     inputs = (_tokens_first(e, q), _tokens_first(e, k), _tokens_first(e, v), None, kept)
     attributes = {"num_heads": heads, "scale": scale, "mask_filter_value": HIDDEN}
     out = e.op("MultiHeadAttention", *inputs, domain=CONTRIB, **attributes)
+    if q.shape is not None:
+        out.shape = ir.Shape([q.shape[0], q.shape[2], heads * _dim(v, 3)])
     return e.op("Reshape", out, e.ints(0, 0, heads, -1))
 
 
