@@ -274,7 +274,7 @@ def seal(directory: Path, **facts: Any) -> Path:
         ({"pooling": {"mode": "cls", "weights": 5}}, "does not describe the model"),
         ({"pooling": 5}, "does not describe the model"),
         ({"pooling": None}, "logits"),
-        ({"hidden": HIDDEN + 1}, "sentence_embedding of an encoder"),
+        ({"hidden": HIDDEN + 1}, "'sentence_embedding' of an encoder"),
         ({"hidden": "24"}, "does not describe an encoder"),
         ({"vocab": -1}, "does not describe an encoder"),
         ({"context": 5}, "settings do not fit the model"),

@@ -280,7 +280,8 @@ def _torch_engine(name: str, model: Any, threads: int) -> Engine:
     from ryzen_compile.config import find_recipe
 
     program, _ = rewrite(model, find_recipe("fp32"), backend="eager", verify=False)
-    return get_backend("eager").compile(program)
+    engine: Any = get_backend("eager").compile(program)
+    return engine
 
 
 def _summary(timings: list[Timing], weights: dict[str, int], stream: float) -> list[str]:

@@ -61,7 +61,9 @@ def read_encoding(directory: Path, spec: ModelSpec, listed: Collection[str]) -> 
 def _read_ranges(path: Path, hidden: int) -> Int8Range:
     found = read_json(path)
     try:
-        ranges = Int8Range(*(np.array(found.get(name), dtype=np.float32) for name in ("middle", "step")))
+        with np.errstate(over="ignore"):  # what overflows is refused as any other infinity
+            middle, step = (np.array(found.get(name), dtype=np.float32) for name in ("middle", "step"))
+        ranges = Int8Range(middle, step)
     except (TypeError, ValueError, OverflowError, UsageError, NumericalError) as error:
         raise ArtifactError(f"{path.name} holds no ranges: {error}", hint="export it again") from error
     if len(ranges.step) != hidden:
