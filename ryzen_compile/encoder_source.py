@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import UnsupportedError
 from ryzen_compile.manifest import shown, shown_path
+from ryzen_compile.recipe_file import read_dims
 from ryzen_compile.sentence_layout import MODULES_NAME, read_layout
 from ryzen_compile.source import (
     check_config,
@@ -133,7 +134,7 @@ def load_encoder(directory: Path, *, pooling: Pooling | None = None, trust_remot
     """
     layout = read_layout(directory)
     settings = EncoderSettings() if layout is None else layout.settings
-    settings = settings if pooling is None else replace(settings, pooling=pooling)
+    settings = replace(settings, pooling=pooling or settings.pooling, depths=read_dims(directory) or ())
     directory = directory if layout is None else layout.transformer
     files = inspect(directory, trust_remote_code=trust_remote_code)
     if files.quantization is not None:

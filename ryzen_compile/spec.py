@@ -29,7 +29,8 @@ class EncoderSettings:
 
     ``context`` is the most tokens of a text that are read, None for all that the model can; ``lower_case`` lowers a
     text first. ``prompts`` are texts that are put before, by name, ``default_prompt`` the name of the one used when
-    none is asked for. ``dims`` is how many dimensions of a vector are kept unless asked otherwise, None for all.
+    none is asked for. ``dims`` is how many dimensions of a vector are kept unless asked otherwise, None for all, and
+    ``depths`` are the numbers of first dimensions that the model was trained to be cut to, widest first.
     """
 
     pooling: Pooling = Pooling()
@@ -39,6 +40,7 @@ class EncoderSettings:
     default_prompt: str | None = None
     similarity: Similarity = "cosine"
     dims: int | None = None
+    depths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from ryzen_compile.api import export
 from ryzen_compile.compile_encoder import WIDENED
 from ryzen_compile.errors import ArtifactError, ConfigError, TamperedError, UnsupportedError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from ryzen_compile.recipe_file import DIMS_NAME, dims_text
 from ryzen_compile.runtime.encoder import CompiledEncoder, EncodingStats
 from ryzen_compile.sentence_layout import LAYOUT_NAMES
 from ryzen_compile.spec import EncoderSettings, Pooling
@@ -313,6 +315,20 @@ def test_ranges_may_be_missing_and_then_are_of_vectors_of_length_one(artifact: P
     (copy / "int8_ranges.json").unlink()
     with ryzen_compile.load(seal(copy)) as model:
         assert not model.calibrated and (model.int8_range.step == np.float32(1 / 127)).all()
+
+
+def test_what_it_was_trained_to_be_cut_to_goes_along(laid_out: Path, tmp_path: Path) -> None:
+    trained = shutil.copytree(laid_out, tmp_path / "trained")
+    (trained / DIMS_NAME).write_text(dims_text((HIDDEN, HIDDEN // 2)))
+    export(trained, tmp_path / "out", "fp32")
+    with ryzen_compile.load(tmp_path / "out") as model, ryzen_compile.load(tmp_path / "out") as again:
+        assert model.settings.depths == (HIDDEN, HIDDEN // 2)
+        again.save_pretrained(tmp_path / "copy")
+    with ryzen_compile.load(tmp_path / "copy") as model:
+        assert model.settings.depths == (HIDDEN, HIDDEN // 2)
+    (tmp_path / "out" / DIMS_NAME).write_text(dims_text((2 * HIDDEN, HIDDEN)))
+    with pytest.raises(ArtifactError, match="its settings do not fit the model"):
+        ryzen_compile.load(seal(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name", LAYOUT_NAMES)

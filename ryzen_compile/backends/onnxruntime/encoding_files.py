@@ -1,18 +1,19 @@
-"""The files that an encoder's artifact has in the place of a cache's: the layout of sentence-transformers, and what
-int8 codes stand for."""
+"""The files that an encoder's artifact has in the place of a cache's: the layout of sentence-transformers, what int8
+codes stand for, and the dimensions that vectors were trained to be cut to."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from ryzen_compile.errors import ArtifactError, ModelError, NumericalError, UnsupportedError, UsageError
+from ryzen_compile.errors import ArtifactError, ConfigError, ModelError, NumericalError, UnsupportedError, UsageError
 from ryzen_compile.manifest import shown_path
 from ryzen_compile.numerics.embedding_codes import Int8Range
+from ryzen_compile.recipe_file import DIMS_NAME, dims_text, read_dims
 from ryzen_compile.sentence_layout import LAYOUT_NAMES, read_layout, write_layout
 from ryzen_compile.source import read_json
 from ryzen_compile.spec import EncoderSettings, ModelSpec
@@ -31,6 +32,8 @@ class Encoding:
 def write_encoding(directory: Path, encoding: Encoding, *, hidden: int) -> None:
     """Writes the files of an encoder of ``hidden`` channels into ``directory``."""
     write_layout(directory, encoding.settings, hidden=hidden)
+    if encoding.settings.depths:
+        (directory / DIMS_NAME).write_text(dims_text(encoding.settings.depths), encoding="utf-8")
     if encoding.int8 is not None:
         ranges = {"middle": encoding.int8.middle.tolist(), "step": encoding.int8.step.tolist()}
         (directory / RANGES_NAME).write_text(json.dumps(ranges) + "\n", encoding="utf-8")
@@ -48,12 +51,14 @@ def read_encoding(directory: Path, spec: ModelSpec, listed: Collection[str]) -> 
     try:
         layout = read_layout(directory)
         ranges = _read_ranges(directory / RANGES_NAME, spec.hidden) if RANGES_NAME in listed else None
-    except (ModelError, UnsupportedError) as error:
+        depths = (read_dims(directory) or ()) if DIMS_NAME in listed else ()
+    except (ConfigError, ModelError, UnsupportedError) as error:
         raise ArtifactError(f"{where}: {error}", hint="export it again") from error
     if layout is None or layout.transformer != directory or layout.settings.pooling != spec.pooling:
         raise ArtifactError(f"{where}: its modules are not of the manifest's {spec.pooling}", hint="export it again")
-    settings = layout.settings
-    if settings.lower_case or (settings.dims or 0) > spec.hidden or (settings.context or 0) > spec.context:
+    settings = replace(layout.settings, depths=depths)
+    too_wide = max(settings.dims or 0, *settings.depths, 0) > spec.hidden
+    if settings.lower_case or too_wide or (settings.context or 0) > spec.context:
         raise ArtifactError(f"{where}: its settings do not fit the model: {settings}", hint="export it again")
     return Encoding(settings, ranges)
 
