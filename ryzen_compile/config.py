@@ -142,6 +142,11 @@ class SparseActivations(BaseModel):
 
     _expressions = field_validator("overrides")(_checked_expressions)
 
+    @property
+    def drops(self) -> bool:
+        """Whether any layer is asked to leave anything out."""
+        return any((self.target, *self.overrides.values()))
+
 
 # Nats per token; on the shipped model int8 costs 0.0001, int4 0.017.
 KV_BUDGETS = {"fp32": 0.0, "int8": 0.02, "auto": 0.02, "k8v4": 0.1, "int4": 0.2}
@@ -225,6 +230,12 @@ class Recipe(BaseModel):
     @classmethod
     def _target_alone(cls, given: object) -> object:
         return {"target": given} if isinstance(given, (int, float)) else given
+
+    @model_validator(mode="after")
+    def _ternary_linears_read_everything(self) -> Recipe:
+        if self.ternary and self.sparsity is not None and self.sparsity.drops:
+            raise ValueError("sparsity is for linears with other weights than ternary ones, which read every channel")
+        return self
 
     @model_validator(mode="after")
     def _prompts_have_integers(self) -> Recipe:
@@ -312,7 +323,7 @@ def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
 def refuse_decoding(recipe: Recipe) -> None:
     """Raises ``ConfigError`` for a recipe that asks of an encoder what only a model that generates has."""
     plain = Recipe()
-    for name in ("logits", "prefill", "kv", "embedding"):
+    for name in ("logits", "prefill", "kv", "embedding", "ternary", "sparsity"):
         if getattr(recipe, name) != getattr(plain, name):
             raise ConfigError(
                 f"{name} {getattr(recipe, name)} is for models that generate, this one is an encoder",

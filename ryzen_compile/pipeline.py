@@ -62,7 +62,8 @@ def default_passes(
     compress = () if compressor is None else (compressor,)
     ternary = (TernaryLinears(TERNARY_BUDGET),) if recipe.ternary else ()
     quantize = () if weights is None else (QuantizeWeights(weights, calibration=calibration, given=given),)
-    sparsify = () if recipe.sparsity is None else (SparsifyActivations(recipe.sparsity, calibration=calibration),)
+    sparse = recipe.sparsity
+    sparsify = (SparsifyActivations(sparse, calibration=calibration),) if sparse is not None and sparse.drops else ()
     bounded = recipe.kv.bounded and recipe.kv.window is None  # a stream drops rows of all layers alike
     cache = () if recipe.kv.dtype == "fp32" else (QuantizeKVCache(recipe.kv, calibration=calibration),)
     prune = (PruneLogits(),) if recipe.logits == "last" else ()

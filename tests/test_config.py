@@ -242,3 +242,9 @@ def test_sparsity_is_a_share_or_settings(given: Any) -> None:
 def test_a_sparsity_that_is_none_is_refused_by_name(given: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         find_recipe("int4", sparsity=given)
+
+
+def test_ternary_linears_read_every_channel() -> None:
+    with pytest.raises(ConfigError, match="sparsity is for linears with other weights than ternary ones"):
+        find_recipe("int4", ternary=True, sparsity=0.5)
+    assert find_recipe("int4", ternary=True, sparsity=0).ternary

@@ -16,6 +16,7 @@ import torch
 import ryzen_compile
 from ryzen_compile.api import export
 from ryzen_compile.compile_encoder import WIDENED
+from ryzen_compile.config import Recipe
 from ryzen_compile.errors import ArtifactError, ConfigError, TamperedError, UnsupportedError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from ryzen_compile.recipe_file import DIMS_NAME, dims_text
@@ -135,6 +136,8 @@ def test_int8_weights_stay_close(plain: Path) -> None:
         ({"logits": "all"}, ConfigError, "logits all is for models that generate"),
         ({"recipe": "int8", "prefill": "int8"}, ConfigError, "prefill int8 is for models that generate"),
         ({"embedding": {"method": "kmeans"}}, ConfigError, "embedding .* is for models that generate"),
+        ({"recipe": "int8", "sparsity": 0.5}, ConfigError, "sparsity .* is for models that generate"),
+        ({"recipe": Recipe(ternary=True)}, ConfigError, "ternary True is for models that generate"),
         ({"cache_budget_bytes": 1}, UsageError, "cache_budget_bytes is for models that generate"),
         ({"prefix_bytes": 1}, UsageError, "prefix_bytes is for models that generate"),
         ({"pooling": "median"}, UsageError, "no pooling 'median'; use one of mean, cls, max, last"),

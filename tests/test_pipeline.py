@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ryzen_compile.capture import capture
-from ryzen_compile.config import Recipe, find_recipe
+from ryzen_compile.config import Recipe, SparseActivations, find_recipe
 from ryzen_compile.edit import Edit
 from ryzen_compile.errors import ParityError, PassError, UnsupportedError
 from ryzen_compile.passes.base import NoMatch, Pass, PassResult, RewritePass, Site
@@ -581,3 +581,9 @@ def test_a_loss_may_not_grow_with_the_sequence(nano: Program, kl: float, late: f
         assert f"{late:.3g} in the last quarter of a sequence, 0.05 is allowed" in record.detail
         with pytest.raises(ParityError, match="in the last quarter of a sequence"):
             run_passes(nano, (RequiredCoarse(),), gate=gate)
+
+
+def test_nothing_is_dropped_at_a_share_of_0_unless_a_layer_is_named() -> None:
+    names = {share: [p.name for p in default_passes(find_recipe("int4", sparsity=share))] for share in (0, 0.1)}
+    assert "sparsify_activations" in names[0.1] and "sparsify_activations" not in names[0]
+    assert SparseActivations(target=0, overrides={"mlp": 0.2}).drops and not SparseActivations(target=0).drops

@@ -22,6 +22,7 @@ from ryzen_compile.workflow.report_schema import (
     TESTS_NAME,
 )
 from ryzen_compile.workflow.run import Finished, run_workflow
+from tests.tiny_encoder import write_directory
 from tests.train.tiny_run import tiny_config, write_text
 from tests.workflow.tiny_workflow import (
     COMMAND,
@@ -55,6 +56,13 @@ def test_setup_looks_for_what_later_phases_need(
     tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
+        run_workflow(config(tmp_path / "out", **changes), command=COMMAND)
+    assert journal_phases(tmp_path / "out") == []
+
+
+def test_setup_refuses_an_encoder(tmp_path: Path) -> None:
+    changes = {"model": str(write_directory(tmp_path / "encoder"))}
+    with pytest.raises(UnsupportedError, match="is an encoder, and a workflow measures models that generate"):
         run_workflow(config(tmp_path / "out", **changes), command=COMMAND)
     assert journal_phases(tmp_path / "out") == []
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ryzen_compile.encoder_source import task_of_directory
 from ryzen_compile.errors import ConfigError, ResourceError, UnsupportedError
 from ryzen_compile.manifest import read_manifest
 from ryzen_compile.text import BUILTIN, read_text
@@ -127,5 +128,10 @@ def _model(place: Place) -> str | None:
         return None
     if place.config.model is not None:
         place.say(f"model {place.config.model}")
-        model_directory(place)
+        directory = model_directory(place)
+        if directory is not None and task_of_directory(directory) == "embed":
+            raise UnsupportedError(
+                f"{place.config.model} is an encoder, and a workflow measures models that generate",
+                hint="ryzen-compile export and bench are for encoders, too",
+            )
     return place.config.model
