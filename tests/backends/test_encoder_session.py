@@ -88,6 +88,8 @@ def test_a_layer_has_no_transposes(bert: Program) -> None:
     assert nodes["Transpose"] == nodes["SkipLayerNormalization"] == 0
     assert nodes["MatMul"] == 2 * 4 + 1  # Q, K and V as one; the last is the mean
     assert not [n.name for n in model.graph if n.op_type == "Reshape" and n.name and "layer" in n.name]
+    values = [value for node in model.graph for value in node.outputs]
+    assert not [v.name for v in values if v.shape is not None and v.type is None]  # else writing it warns of each
 
 
 @pytest.mark.parametrize("family", ["Bert", "ModernBert", "MPNet", "EuroBert"])

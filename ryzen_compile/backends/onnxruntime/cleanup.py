@@ -56,7 +56,8 @@ def split_sequences(graph: ir.Graph) -> None:
         }
         sizes = node.inputs[1].const_value.numpy().reshape(-1).tolist()
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        shape = None if node.inputs[0] is None else node.inputs[0].shape
+        source = node.inputs[0]
+        shape = None if source is None else source.shape
         whole = None if shape is None else shape[axis]
         if len(sizes) == 1 and isinstance(whole, int):  # one number is the size of each part
             sizes = [min(sizes[0], whole - start) for start in range(0, whole, sizes[0])]
@@ -70,8 +71,8 @@ def split_sequences(graph: ir.Graph) -> None:
             if index is None:  # excluded above; said for the type checker
                 continue
             old, new = user.outputs[0], split.outputs[int(index.numpy())]
-            if new.shape is None and shape is not None:
-                new.name, new.type, old.name = old.name, old.type, None
+            if new.shape is None and source is not None and shape is not None:
+                new.name, new.type, old.name = old.name, source.type, None
                 part = list(shape)
                 part[axis] = sizes[int(index.numpy())]
                 new.shape = ir.Shape(part)
