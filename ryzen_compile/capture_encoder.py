@@ -36,7 +36,7 @@ def capture_encoder(model: nn.Module, pooling: Pooling, *, context: int | None =
     row has a token. ``context`` is the largest number of tokens, by default what the model's config and its tables of
     positions hold. Raises as ``capture`` does.
     """
-    program = _bounded(_captured(model, pooling, context_of(model, context)))
+    program = _captured(model, pooling, context_of(model, context))
     if context is not None and program.spec.context < context:
         raise ConfigError(
             f"context {context} exceeds the {program.spec.context} tokens that the tables of {type(model).__name__} "
@@ -62,11 +62,11 @@ def _traced(model: nn.Module, pooling: Pooling, limit: int, *, interface: bool) 
     ids, mask = padded_texts(2, TRACED[1])
     inputs = {"input_ids": ids, "attention_mask": mask}
     exported, provenance = trace(_Encoder(model, pooling), inputs, limit, interface=interface)
-    return Program(exported, _read_spec(model, exported, pooling, limit), provenance=provenance)
+    return _bounded(Program(exported, _read_spec(model, exported, pooling, limit), provenance=provenance))
 
 
 def _agrees(model: nn.Module, program: Program) -> bool:
-    ids, mask = padded_texts(program.spec.vocab, min(AGREEING, program.spec.context - 1))
+    ids, mask = padded_texts(program.spec.vocab, min(AGREEING, program.spec.context))
     want = embed(model, program.spec, ids, mask)
     (got,) = interpret(program, text_feeds(program, ids, mask=mask), [program.outputs[0]])
     return bool(torch.allclose(got, want, rtol=1e-2, atol=1e-3 * float(want.abs().max())))  # otherwise it is far off
