@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from ryzen_compile.capture import TRACED, Wrapped, context_of, trace
 from ryzen_compile.errors import CaptureError, ConfigError, UnsupportedError
 from ryzen_compile.interpret import interpret, text_feeds
+from ryzen_compile.pooling import pool
 from ryzen_compile.program import Program, is_call, shape
 from ryzen_compile.spec import ModelSpec, Pooling
 
@@ -25,7 +26,6 @@ aten = torch.ops.aten
 LAYOUT = (aten.slice, aten.clone, aten.view, aten.reshape, aten.alias, aten._to_copy)
 AGREEING = 24  # tokens on which a captured graph is compared with its model
 SAMPLE = 64  # tokens of a text that tells how positions are counted: beyond what a table of distances tells apart
-SHORTEST = 1e-12  # a vector that is normalized is divided by this at least
 
 
 def capture_encoder(model: nn.Module, pooling: Pooling, *, context: int | None = None) -> Program:
@@ -134,22 +134,6 @@ def hidden_states(result: Any) -> Tensor:
     states = getattr(result, "last_hidden_state", result)
     found: Tensor = states[0] if isinstance(states, tuple) else states
     return found
-
-
-def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """``states`` (B, T, C) as one vector (B, C) a row, over the tokens where ``mask`` (B, T) is not 0."""
-    counts = mask != 0
-    if pooling.mode == "mean":
-        weights = counts.to(states.dtype)
-        vectors = (weights.unsqueeze(1) @ states).squeeze(1) / weights.sum(1, keepdim=True).clamp(min=1)
-    elif pooling.mode == "max":
-        vectors = states.masked_fill(~counts.unsqueeze(-1), torch.finfo(states.dtype).min).amax(1)
-    else:
-        order = torch.arange(mask.shape[1], device=mask.device)
-        order = order + 1 if pooling.mode == "last" else mask.shape[1] - order
-        chosen = (counts * order).argmax(1)
-        vectors = states.gather(1, chosen[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
-    return nn.functional.normalize(vectors, dim=1, eps=SHORTEST) if pooling.normalize else vectors
 
 
 def _read_spec(model: nn.Module, exported: ExportedProgram, pooling: Pooling, context: int) -> ModelSpec:

@@ -25,7 +25,7 @@ LAYERS = (
     ("passes",),
     ("encoder_source", "sentence_layout", "source", "calibration"),
     ("quantized_checkpoint", "bitnet_checkpoint", "ternary_linear", "safetensors_header"),
-    ("edit", "verify", "probe", "interpret", "ops", "kernels", "program", "mask_spec", "row_shifts"),
+    ("edit", "verify", "probe", "interpret", "ops", "kernels", "program", "mask_spec", "row_shifts", "pooling"),
     ("numerics", "text", "timeline", "publish", "manifest", "spec", "shapes", "config", "settings", "recipe_file"),
     ("fields", "errors"),
 )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ryzen_compile.pooling import pool
 from ryzen_compile.train.objective import Levers, Objective
 from ryzen_compile.train.token_loss import TokenLoss
 
@@ -79,7 +80,9 @@ class ContrastiveObjective(Objective):
         pad = getattr(self.model.config, "pad_token_id", None) or 0
         ids = torch.where(mask, tokens, pad)
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        return pooled(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), mask, self.pooling)
+        with torch.autocast(tokens.device.type, enabled=False):  # a mean is a product, which it would round
+            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            return pool(hidden, mask, replace(self.pooling, normalize=False))
 
     def _scores(self, queries: Tensor, positives: Tensor, counted: Tensor) -> Tensor:
         """(B, B), at least float32: cosines times the scale, minus infinity where they are not ``counted``."""
@@ -91,19 +94,6 @@ class ContrastiveObjective(Objective):
         own = torch.arange(len(scores), device=scores.device)
         loss = functional.cross_entropy(scores, own)
         return (loss + functional.cross_entropy(scores.t(), own)) / 2 if self.symmetric else loss
-
-
-def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """One vector (B, C) for the tokens ``hidden`` (B, T, C) of which ``mask`` (B, T) bool is true: at least one in each
-    row, and those of a row together at its beginning."""
-    if pooling.mode == "cls":
-        return hidden[:, 0]
-    if pooling.mode == "last":
-        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(-1) - 1]
-    if pooling.mode == "max":
-        return hidden.masked_fill(~mask[:, :, None], -torch.inf).amax(1)
-    weights = mask.to(hidden.dtype)[:, :, None]
-    return (hidden * weights).sum(1) / weights.sum(1)
 
 
 def _trimmed(tokens: Tensor) -> Tensor:

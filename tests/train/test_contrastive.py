@@ -17,7 +17,7 @@ from ryzen_compile.errors import ConfigError
 from ryzen_compile.recipe_file import read_dims
 from ryzen_compile.spec import Pooling
 from ryzen_compile.train.config import TrainConfig
-from ryzen_compile.train.contrastive import PAD, ContrastiveObjective, pooled
+from ryzen_compile.train.contrastive import PAD, ContrastiveObjective
 from ryzen_compile.train.depths import Depths
 from ryzen_compile.train.objective import Levers
 from ryzen_compile.train.pairs import PairRows
@@ -123,11 +123,17 @@ def test_a_vector_does_not_depend_on_padding(mode: Any) -> None:
         torch.testing.assert_close(made.vectors(row[row != PAD][None])[0], vector, rtol=0, atol=1e-12)
 
 
-def test_pooling_is_what_it_is_called() -> None:
-    hidden = torch.tensor([[[1.0, -4.0], [3.0, -2.0], [100.0, 100.0]]])
-    mask = torch.tensor([[True, True, False]])
-    found = {mode: pooled(hidden, mask, Pooling(mode)).tolist() for mode in ("mean", "cls", "max", "last")}
-    assert found == {"mean": [[2, -3]], "cls": [[1, -4]], "max": [[3, -2]], "last": [[3, -2]]}
+def test_a_mean_is_of_full_precision_where_the_model_is_not() -> None:
+    """To 1e-6, of values up to 3; as a product in bfloat16 it would have three digits."""
+    made = objective(encoder().eval())
+    tokens = rows(9, seed=1)[:, COLUMNS:]
+    mask = tokens != PAD
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = made.vectors(tokens)
+        hidden = made.model(input_ids=tokens.clamp(min=0), attention_mask=mask.long()).last_hidden_state.float()
+    expected = torch.stack([states[kept].mean(0) for states, kept in zip(hidden, mask, strict=True)])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_levers_that_it_lacks_stay_off() -> None:
