@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.encoder_source import LoadedEncoder
-from ryzen_compile.errors import RyzenCompileError
+from ryzen_compile.errors import UsageError
 from ryzen_compile.numerics.embedding_codes import Int8Range
 from ryzen_compile.runtime.encoder import CompiledEncoder, EncodingStats
 from ryzen_compile.runtime.engine import EncoderEngine
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from ryzen_compile.program import Program
     from ryzen_compile.report import Report
 
-RANGE_TEXTS, RANGE_CHARACTERS = 256, 256  # paragraphs, and the beginning of each, that ranges are measured on
+RANGE_TEXTS, RANGE_CHARACTERS = 256, 256  # paragraphs, or pieces of so many characters, that ranges are measured on
+RANGE_FEWEST = 16  # different ones: fewer tell too little of what other texts will be
 RANGE_SPREAD = 1_000_000  # characters of a text that they are taken from
 # Text of another kind leaves the ranges of this one, and a value that is clamped costs far more than coarser steps do:
 # the worst of 12 strange texts keeps a cosine of 0.977 without, 0.9995 with it (docs/log.md).
@@ -58,7 +59,7 @@ def compiled_encoder(
             config=config,
             saver=None if write is None else lambda directory, force: write(directory, force, ranges),
         )
-    except RyzenCompileError:
+    except BaseException:
         engine.close()
         raise
 
@@ -88,7 +89,7 @@ def measured_ranges(
     text: str | os.PathLike[str],
     progress: Progress | None = None,
 ) -> Int8Range | None:
-    """The ranges of an encoder that is opened for nothing else; None where it has no tokenizer."""
+    """The ranges of an encoder that is opened for nothing else; None where it has no tokenizer, or too little text."""
     from ryzen_compile.backends.onnxruntime import OnnxRuntimeBackend
 
     tokenizer = used_tokenizer(source)
@@ -112,13 +113,29 @@ def used_tokenizer(source: LoadedEncoder) -> Tokenizer | None:
 
 
 def _ranges(encoder: CompiledEncoder, text: str | os.PathLike[str], progress: Progress | None) -> Int8Range | None:
-    """What the dimensions of its vectors range over on paragraphs of ``text``."""
+    """What the dimensions of its vectors range over on pieces of ``text``; None where these are too few or alike."""
     if encoder.tokenizer is None:
         return None
     if progress is not None:
         progress("calibration")
-    paragraphs = read_text(text, characters=RANGE_SPREAD).split("\n\n")
-    texts = [part[:RANGE_CHARACTERS] for part in paragraphs if part.strip()]
-    texts = texts[:: max(1, len(texts) // RANGE_TEXTS)][:RANGE_TEXTS]
-    found = Int8Range.fit(encoder.encode(texts, prompt="", dims=encoder.spec.hidden, stats=EncodingStats()))
+    texts = range_texts(read_text(text, characters=RANGE_SPREAD))
+    if len(texts) < RANGE_FEWEST:
+        return None
+    vectors = encoder.encode(texts, prompt="", dims=encoder.spec.hidden, stats=EncodingStats())
+    try:
+        found = Int8Range.fit(vectors)
+    except UsageError:  # all texts have one vector
+        return None
     return Int8Range(found.middle, WIDENED * found.step)
+
+
+def range_texts(text: str) -> list[str]:
+    """At most ``RANGE_TEXTS`` different pieces of paragraphs, evenly spread over ``text``."""
+    pieces = dict.fromkeys(
+        paragraph[start : start + RANGE_CHARACTERS].strip()
+        for paragraph in text.replace("\r\n", "\n").split("\n\n")
+        for start in range(0, len(paragraph), RANGE_CHARACTERS)
+    )
+    found = [piece for piece in pieces if piece]
+    count = min(RANGE_TEXTS, len(found))
+    return [found[number * len(found) // count] for number in range(count)]

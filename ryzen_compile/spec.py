@@ -10,6 +10,11 @@ Task = Literal["embed", "generate"]  # what a model is for: vectors of texts, or
 TASKS: tuple[Task, ...] = get_args(Task)
 PoolingMode = Literal["mean", "cls", "max", "last"]
 POOLING_MODES: tuple[PoolingMode, ...] = get_args(PoolingMode)
+Role = Literal["query", "document"]  # what a text is in a search
+PROMPT_NAMES: Mapping[Role, tuple[str, ...]] = {  # of each, by the names that layouts use, the first one first
+    "query": ("query",),
+    "document": ("document", "passage", "corpus"),
+}
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
 
@@ -41,6 +46,10 @@ class EncoderSettings:
     similarity: Similarity = "cosine"
     dims: int | None = None
     depths: tuple[int, ...] = ()
+
+    def prompt_name_for(self, role: Role) -> str | None:
+        """The name of the prompt that a text of this ``role`` is put behind: its own, else the default one, if any."""
+        return next((name for name in PROMPT_NAMES[role] if name in self.prompts), self.default_prompt)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import torch
 
 import ryzen_compile
 from ryzen_compile.api import export
-from ryzen_compile.compile_encoder import WIDENED
+from ryzen_compile.compile_encoder import RANGE_TEXTS, WIDENED, compiled_encoder, range_texts
 from ryzen_compile.config import Recipe
+from ryzen_compile.encoder_source import LoadedEncoder
 from ryzen_compile.errors import ArtifactError, ConfigError, TamperedError, UnsupportedError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from ryzen_compile.recipe_file import DIMS_NAME, dims_text
@@ -24,7 +25,7 @@ from ryzen_compile.runtime.encoder import CompiledEncoder, EncodingStats
 from ryzen_compile.sentence_layout import LAYOUT_NAMES
 from ryzen_compile.spec import EncoderSettings, Pooling
 from tests.model_directory import listing, shared_artifact
-from tests.tiny_encoder import CONTEXT, HIDDEN, TorchEncoder, bert, change, tokenizer, write_directory
+from tests.tiny_encoder import CONTEXT, HIDDEN, WORDS, TorchEncoder, bert, change, tokenizer, write_directory
 
 TEXTS = ["the cat sat on the mat", "", "a", "dogs, running under trees!", "€ 🐈", "the big red dog " * 9]
 SETTINGS = EncoderSettings(Pooling("cls"), 12, prompts={"query": "find the "}, similarity="dot", dims=10)
@@ -128,6 +129,69 @@ def test_int8_weights_stay_close(plain: Path) -> None:
         assert record.status == "applied" and record.cosine is not None and record.cosine < 0.005
 
 
+# --- int8 ranges ------------------------------------------------------------------------------------------------------
+def sentences(count: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    return [" ".join([*rng.choice(WORDS, 5), f"n{number}"]) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("text", "calibrated"),
+    [
+        ("the cat sat on the mat", False),
+        ("\n\n".join(["the cat sat", "on the mat"] * 100), False),
+        ("\n\n".join(sentences(15)), False),
+        ("\n\n".join(sentences(64)), True),
+        ("\r\n\r\n".join(sentences(64)), True),
+        (" ".join(sentences(400)), True),
+    ],
+    ids=["one text", "two texts", "fifteen", "enough", "carriage returns", "one long paragraph"],
+)
+def test_ranges_are_found_on_enough_text_that_differs(plain: Path, tmp_path: Path, text: str, calibrated: bool) -> None:
+    (tmp_path / "text.txt").write_bytes(text.encode())
+    with ryzen_compile.optimize(plain, calibration=tmp_path / "text.txt", backend="eager") as model:
+        assert model.calibrated is calibrated
+        vectors = encode(model, TEXTS)
+        assert (vectors @ vectors.T).min() < 0.9  # texts differ, and so do their codes
+        cosines = (model.decode(encode(model, TEXTS, precision="int8")) * vectors).sum(axis=1)
+    assert cosines.min() > 0.99  # of steps of 1/127 in 24 dimensions 0.9998; what is clamped loses more
+
+
+def test_a_model_of_one_vector_is_not_calibrated() -> None:
+    own = bert()
+    norm = own.encoder.layer[-1].output.LayerNorm
+    norm.weight.data.zero_()
+    norm.bias.data.copy_(torch.arange(1.0, HIDDEN + 1))
+    with ryzen_compile.optimize(own, tokenizer=tokenizer(), pooling="cls", backend="eager") as model:
+        assert np.ptp(encode(model, TEXTS), axis=0).max() == 0 and not model.calibrated
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 511, 512, 5000])
+def test_pieces_are_spread_over_the_whole_text(count: int) -> None:
+    numbers = [int(piece.split()[1]) for piece in range_texts("\n\n".join(f"number {n}" for n in range(count)))]
+    steps = np.diff([*numbers, count])
+    assert numbers[0] == 0 and len(numbers) == min(count, RANGE_TEXTS) and np.ptp(steps) <= 1
+
+
+def test_pieces_are_of_paragraphs() -> None:
+    text = "one\r\n\r\ntwo\r\nlines\n\n\n\n" + "x" * 300 + "\n\n  \n\none"
+    assert range_texts(text) == ["one", "two\nlines", "x" * 256, "x" * 44]
+    assert range_texts(" \n\n") == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, UsageError])
+def test_an_engine_that_becomes_no_model_is_closed(error: type[BaseException]) -> None:
+    def stop(event: str) -> None:
+        raise error(event)
+
+    engine = TorchEncoder(bert())
+    source = LoadedEncoder(engine.model, tokenizer(), EncoderSettings())
+    with pytest.raises(error, match="calibration"):
+        compiled_encoder(engine, source, report=None, config={}, text="builtin", write=None, progress=stop)
+    assert engine.closed == 1
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("arguments", "kind", "said"),
     [
@@ -274,7 +338,7 @@ def seal(directory: Path, **facts: Any) -> Path:
     [
         ({"pooling": {"mode": "mean", "normalize": True}}, "modules are not of the manifest's"),
         ({"pooling": {"mode": "cls", "normalize": False}}, "modules are not of the manifest's"),
-        ({"pooling": {"mode": "median", "normalize": True}}, "does not describe an encoder"),
+        ({"pooling": {"mode": "median", "normalize": True}}, "copy: the manifest does not describe an encoder"),
         ({"pooling": {"mode": "cls", "normalize": "yes"}}, "does not describe an encoder"),
         ({"pooling": {"mode": "cls", "weights": 5}}, "does not describe the model"),
         ({"pooling": 5}, "does not describe the model"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 import typer
 
 from ryzen_compile.cli import output
-from ryzen_compile.cli.defaults import ENCODER_RECIPE
+from ryzen_compile.cli.defaults import RECIPE_USED
 from ryzen_compile.cli.encoder import open_encoder
 from ryzen_compile.errors import ResourceError, UsageError
 
@@ -35,7 +35,7 @@ def embed(
     prompt_name: Annotated[str | None, typer.Option(help="One of the model's prompts, put before each text.")] = None,
     prompt: Annotated[str | None, typer.Option(help="A prompt, put before each text.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 32,
-    recipe: Annotated[str | None, typer.Option(help=f"When MODEL is no artifact; default: {ENCODER_RECIPE}.")] = None,
+    recipe: Annotated[str | None, typer.Option(help=f"When MODEL is no artifact; default: {RECIPE_USED}.")] = None,
     pooling: output.PoolingOption = None,
     no_normalize: output.NoNormalizeFlag = False,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads of ONNX Runtime.")] = None,
@@ -45,7 +45,8 @@ def embed(
     as_json: output.JsonFlag = False,
 ) -> None:
     """Turn texts into vectors: JSON Lines on stdout, or a file."""
-    from ryzen_compile.runtime.encoder import PRECISIONS, EncodingStats
+    from ryzen_compile.numerics.embedding_codes import PRECISIONS
+    from ryzen_compile.runtime.encoder import EncodingStats
 
     _check_out(out)
     kept = next((name for name in PRECISIONS if name == precision), None)

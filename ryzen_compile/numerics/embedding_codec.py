@@ -1,21 +1,26 @@
 """How a collection stores its vectors: what was learnt from some of them, and the codes that each of them becomes.
 
-Everything works on directions: vectors are scaled to length 1 on the way in, and a score is the cosine between a query
-and the vector that a code stands for (with a prefix of the dimensions: between prefixes). That vector's length follows
-from the code. Without the division by it, vectors of which the code happens to keep less would always rank lower.
+Queries stay floats, so a score loses what the stored side lost and no more (asymmetric distance, Jégou, Douze and
+Schmid, 2011). Everything works on directions: vectors are scaled to length 1 on the way in, and a score is the cosine
+between a query and the vector that a code stands for (with a prefix of the dimensions: between prefixes). That vector's
+length follows from the code. Without the division by it, vectors of which the code happens to keep less would always
+rank lower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Self
 
 import numpy as np
 
 from ryzen_compile.errors import NumericalError, UsageError
 from ryzen_compile.numerics.embedding_codes import (
+    DTYPES,
+    PRECISIONS,
     Int8Range,
+    Precision,
     as_rows,
     blocks,
     normalize,
@@ -25,9 +30,6 @@ from ryzen_compile.numerics.embedding_codes import (
     unpack_signs,
 )
 from ryzen_compile.numerics.embedding_projection import Projection
-
-Precision = Literal["float32", "int8", "binary"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,8 @@ class EmbeddingCodec:
     ) -> Self:
         """A codec for vectors like ``x`` (N, C). ``dims`` are the projection's, or all, where it is not given.
 
-        The projection is taken as it is: fit it before, on these vectors or others.
+        The projection is taken as it is: fit it before, on these vectors or others. Raises ``UsageError`` for int8 and
+        vectors that do not differ, as ``Int8Range.fit`` does.
         """
         source_dims = as_rows(x, "vectors to fit a codec on").shape[1]
         if dims is None:
@@ -92,7 +95,7 @@ class EmbeddingCodec:
     @property
     def dtype(self) -> np.dtype:
         """Of a stored element."""
-        return np.dtype({"float32": np.float32, "int8": np.int8, "binary": np.uint8}[self.precision])
+        return np.dtype(DTYPES[self.precision])
 
     @property
     def width(self) -> int:

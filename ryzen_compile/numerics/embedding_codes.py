@@ -1,19 +1,21 @@
-"""Embedding vectors in fewer bytes: fewer dimensions, 8-bit integers, one bit; and their products with float queries.
+"""Embedding vectors in fewer bytes: fewer dimensions, 8-bit integers, one bit.
 
-A stored vector is a row of codes and nothing else: ranges and weights belong to the whole collection. Queries stay
-floats, so a score loses what the stored side lost and no more (asymmetric distance, Jégou, Douze and Schmid, 2011).
-Shape letters: N stored vectors, Q queries, C dimensions.
+A stored vector is a row of codes and nothing else: ranges belong to the whole collection. Shape letters: N vectors,
+C dimensions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self, get_args
 
 import numpy as np
 
 from ryzen_compile.errors import NumericalError, UsageError
 
+Precision = Literal["float32", "int8", "binary"]  # of what is stored: the values, codes of an Int8Range, packed signs
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+DTYPES = {"float32": np.float32, "int8": np.int8, "binary": np.uint8}
 LIMIT = 127  # the largest int8 code and, negated, the smallest: ranges lie evenly around their middle
 BLOCK_BYTES = 1 << 24  # of float32 that are decoded at a time
 
@@ -36,15 +38,20 @@ class Int8Range:
 
     @classmethod
     def fit(cls, x: np.ndarray) -> Self:
-        """The ranges from the least to the largest value that each dimension takes in ``x`` (N, C), N >= 1.
+        """The ranges from the least to the largest value that each dimension takes in ``x`` (N, C).
 
         A dimension that is constant there gets the widest range among the others, since nothing is known of its spread.
+        Raises ``UsageError`` where all are constant, as those of a single vector are.
         """
         rows = as_rows(x, "vectors to calibrate int8 ranges on").astype(np.float64)
         low, high = rows.min(axis=0), rows.max(axis=0)
         step = (high - low) / (2 * LIMIT)
         smallest = np.finfo(np.float32).tiny
-        step[step < smallest] = max(step.max(), smallest)
+        if step.max() < smallest:
+            raise UsageError(
+                f"int8 ranges need vectors that differ, got {len(rows)} without a difference", hint="calibrate on more"
+            )
+        step[step < smallest] = step.max()
         return cls(((low + high) / 2).astype(np.float32), step.astype(np.float32))
 
     def encode(self, x: np.ndarray) -> np.ndarray:
@@ -101,37 +108,6 @@ def unpack_signs(packed: np.ndarray, dims: int) -> np.ndarray:
 def sign_bytes(dims: int) -> int:
     """Bytes of one vector's signs."""
     return (dims + 7) // 8
-
-
-def int8_scores(queries: np.ndarray, codes: np.ndarray, ranges: Int8Range) -> np.ndarray:
-    """Inner products of float ``queries`` (Q, C) with what int8 ``codes`` (N, C) stand for: float32 (Q, N).
-
-    q . (middle + step * code) = q . middle + (q * step) . code.
-    """
-    rows = as_rows(queries, "queries", len(ranges.step))
-    _check_codes(codes, np.int8, len(ranges.step))
-    scaled, offset = rows * ranges.step, rows @ ranges.middle
-    scores = np.empty((len(rows), len(codes)), np.float32)
-    for part in blocks(len(codes), len(ranges.step)):
-        scores[:, part] = scaled @ codes[part].astype(np.float32).T + offset[:, None]
-    return scores
-
-
-def sign_scores(queries: np.ndarray, packed: np.ndarray, sizes: np.ndarray | None = None) -> np.ndarray:
-    """Inner products of float ``queries`` (Q, C) with the signs in ``packed`` (N, ceil(C / 8)): float32 (Q, N).
-
-    ``sizes`` (C,) is what a sign stands for in each dimension, 1 where there are none; the mean magnitudes of the
-    vectors make the sum the least-squares estimate of the inner product with the vector itself.
-    """
-    rows = as_rows(queries, "queries")
-    dims = rows.shape[1]
-    _check_codes(packed, np.uint8, sign_bytes(dims))
-    if sizes is not None:
-        rows = rows * as_rows(np.asarray(sizes)[None], "sizes", dims)
-    scores = np.empty((len(rows), len(packed)), np.float32)
-    for part in blocks(len(packed), dims):
-        scores[:, part] = rows @ unpack_signs(packed[part], dims).T
-    return scores
 
 
 def blocks(rows: int, dims: int) -> list[slice]:

@@ -14,25 +14,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 
 from ryzen_compile.errors import NumericalError, PromptError, UsageError
 from ryzen_compile.numerics import embedding_codes
-from ryzen_compile.numerics.embedding_codes import LIMIT, Int8Range, pack_signs, sign_bytes, unpack_signs
+from ryzen_compile.numerics.embedding_codes import (
+    DTYPES,
+    LIMIT,
+    PRECISIONS,
+    Int8Range,
+    Precision,
+    pack_signs,
+    sign_bytes,
+    unpack_signs,
+)
+from ryzen_compile.runtime.batches import batches, padded
 from ryzen_compile.runtime.engine import EncoderEngine
 from ryzen_compile.runtime.guard import Guard
 from ryzen_compile.runtime.similarity import similarity
 from ryzen_compile.runtime.tokenizer import Tokenizer
-from ryzen_compile.spec import EncoderSettings, ModelSpec
+from ryzen_compile.spec import EncoderSettings, ModelSpec, Role
 
-Precision = Literal["float32", "int8", "binary"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-DTYPES = {"float32": np.float32, "int8": np.int8, "binary": np.uint8}
 WINDOW = 8192  # texts that are tokenized, and sorted by length, at a time
-BATCH_TOKENS = 16_384  # of a batch with its padding: attention takes memory by the square of a text's length
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 Saver = Callable[[Path, bool], None]
 
 
@@ -171,7 +176,7 @@ class CompiledEncoder:
                 encoded = tokenizer.encode_batch(window, self.context)
                 counts.texts += len(window)
                 counts.truncated += sum(cut for _, cut in encoded)
-                for rows in _batches([len(ids) for ids, _ in encoded], batch_size):
+                for rows in batches([len(ids) for ids, _ in encoded], batch_size):
                     ids = [encoded[row][0] for row in rows]
                     found = self._embedded(ids, counts, start + rows)
                     vectors[start + rows] = finished(found)
@@ -189,11 +194,11 @@ class CompiledEncoder:
 
     def encode_query(self, texts: str | Iterable[str], **arguments: Any) -> np.ndarray:
         """``encode`` with the prompt for queries, where the model has one."""
-        return self.encode(texts, **self._role(arguments, ("query",)))
+        return self.encode(texts, **self._role(arguments, "query"))
 
     def encode_document(self, texts: str | Iterable[str], **arguments: Any) -> np.ndarray:
         """``encode`` with the prompt for documents, where the model has one."""
-        return self.encode(texts, **self._role(arguments, DOCUMENT_PROMPTS))
+        return self.encode(texts, **self._role(arguments, "document"))
 
     def decode(self, codes: np.ndarray, dims: int | None = None) -> np.ndarray:
         """float32 ``(N, D)`` vectors that int8 or binary ``codes`` of ``encode`` stand for, of length 1 where the
@@ -290,31 +295,10 @@ class CompiledEncoder:
             raise PromptError(f"the model has no prompt {name!r}", hint=f"its prompts: {known}")
         return self.settings.prompts[name]
 
-    def _role(self, arguments: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    def _role(self, arguments: dict[str, Any], role: Role) -> dict[str, Any]:
         if arguments.get("prompt") is None and arguments.get("prompt_name") is None:
-            own = next((name for name in names if name in self.settings.prompts), None)
-            return {**arguments, "prompt_name": own}
+            return {**arguments, "prompt_name": self.settings.prompt_name_for(role)}
         return arguments
-
-
-def padded(ids: Sequence[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids as tokens and mask, both ``(B, T)`` int64, T that of the longest; padding is behind."""
-    lengths = np.array([len(row) for row in ids])
-    mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-    tokens = np.full(mask.shape, pad, np.int64)
-    tokens[mask == 1] = np.concatenate(ids)
-    return tokens, mask
-
-
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
-    """The numbers of texts that share a batch, the longest first; texts of no tokens are in none."""
-    order = np.argsort(-np.array(lengths, dtype=np.int64), kind="stable")
-    order = order[: int(np.count_nonzero(lengths))]
-    start = 0
-    while start < len(order):
-        size = max(1, min(batch_size, BATCH_TOKENS // lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
 
 
 def _texts(texts: object) -> list[str]:

@@ -19,8 +19,6 @@ from ryzen_compile.train.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-QUERY_PROMPTS, POSITIVE_PROMPTS = ("query",), ("document", "passage", "corpus")  # by the names that layouts use
-
 
 def prepare_reading(settings: ModelSettings) -> tuple[PreTrainedTokenizerBase, EncoderSettings]:
     """How the encoder reads texts. Raises what ``resolve``, ``read_layout`` and ``load_tokenizer`` raise."""
@@ -34,7 +32,8 @@ def prepare_reading(settings: ModelSettings) -> tuple[PreTrainedTokenizerBase, E
 def prompted(pairs: Pairs, settings: EncoderSettings) -> Pairs:
     """Texts as the model reads them: behind their prompts (the default one where there is none for their part), and
     lowered where it asks for that."""
-    query, positive = (_prompt(settings, names) for names in (QUERY_PROMPTS, POSITIVE_PROMPTS))
+    names = (settings.prompt_name_for("query"), settings.prompt_name_for("document"))
+    query, positive = ("" if name is None else settings.prompts[name] for name in names)
 
     def read(pair: Pair) -> Pair:
         texts = (query + pair.query, positive + pair.positive)
@@ -65,8 +64,3 @@ def _directory(settings: ModelSettings) -> Path:
     if settings.path is None:  # the configuration has seen to that
         raise ConfigError("model: there is no encoder to train")
     return resolve(settings.path)
-
-
-def _prompt(settings: EncoderSettings, names: tuple[str, ...]) -> str:
-    own = next((name for name in names if name in settings.prompts), settings.default_prompt)
-    return "" if own is None else settings.prompts[own]

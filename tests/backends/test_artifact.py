@@ -282,7 +282,7 @@ def too_long_data(directory: Path) -> None:
     [
         (no_manifest, ArtifactError, f"holds no {MANIFEST_NAME}; expected a directory made by ryzen-compile export"),
         (broken_manifest, ArtifactError, f"{MANIFEST_NAME} is not JSON"),
-        (no_spec, ArtifactError, "does not describe the model: 'spec'"),
+        (no_spec, ArtifactError, "copy: the manifest does not describe the model: 'spec'"),
         (odd_slots, ArtifactError, "does not describe the model: .*missing"),
         (broken_config, ArtifactError, "config.json holds a list, expected an object"),
         (garbage_model, ArtifactError, "'model.onnx' is not an ONNX model"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ryzen_compile.errors import NumericalError, UsageError
+from ryzen_compile.numerics import embedding_codes
 from ryzen_compile.numerics.embedding_codec import PRECISIONS, EmbeddingCodec, Precision
 from ryzen_compile.numerics.embedding_codes import Int8Range, normalize
 from ryzen_compile.numerics.embedding_projection import Projection
@@ -57,6 +58,17 @@ def test_scores_are_cosines_with_what_is_stored(codec: EmbeddingCodec) -> None:
         asked = normalize(queries[:, : codec.dims])
     decoded /= np.linalg.norm(decoded, axis=1, keepdims=True)
     np.testing.assert_allclose(codec.scores(queries, codes), asked @ decoded.T, atol=3e-6)  # float32 sums of 37
+
+
+@pytest.mark.parametrize("rows", [0.1, 1, 7, 100])
+@pytest.mark.parametrize("codec", codecs(), ids=name)
+def test_scores_do_not_depend_on_the_size_of_a_block(
+    codec: EmbeddingCodec, rows: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, codes = vectors(5, 2), codec.encode(vectors(50, 1))
+    expected = codec.scores(queries, codes)
+    monkeypatch.setattr(embedding_codes, "BLOCK_BYTES", int(4 * codec.dims * rows))
+    np.testing.assert_allclose(codec.scores(queries, codes), expected, atol=3e-6)  # float32 sums of 37
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

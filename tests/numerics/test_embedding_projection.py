@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ryzen_compile.errors import NumericalError, UsageError
-from ryzen_compile.numerics.embedding_codes import pack_signs, sign_scores, unpack_signs
+from ryzen_compile.numerics.embedding_codes import pack_signs, unpack_signs
 from ryzen_compile.numerics.embedding_projection import Projection
 
 
@@ -74,8 +74,8 @@ def test_a_random_rotation_spreads_the_variance() -> None:
 
 def nearest_kept(x: np.ndarray, projection: Projection) -> float:
     """Of each point's ten nearest by distance, the share among the ten whose signs agree most."""
-    packed = pack_signs(projection.apply(x))
-    scores = sign_scores(unpack_signs(packed, projection.dims), packed)
+    signs = unpack_signs(pack_signs(projection.apply(x)), projection.dims)
+    scores = signs @ signs.T
     distances = np.square(x[:, None] - x[None]).sum(-1)
     np.fill_diagonal(scores, -np.inf)
     np.fill_diagonal(distances, np.inf)

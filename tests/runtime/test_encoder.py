@@ -13,6 +13,7 @@ import pytest
 
 from ryzen_compile.errors import NumericalError, PromptError, UsageError
 from ryzen_compile.numerics.embedding_codes import Int8Range
+from ryzen_compile.runtime import batches
 from ryzen_compile.runtime import encoder as module
 from ryzen_compile.runtime.encoder import CompiledEncoder, EncodingStats
 from ryzen_compile.runtime.tokenizer import Tokenizer
@@ -104,7 +105,7 @@ def test_batches_hold_texts_of_one_length_and_no_more_than_their_tokens(
     model.encode(texts, batch_size=2, stats=stats)
     assert engine.shapes == [(2, 8), (2, 5), (1, 3)]
     assert stats == EncodingStats(5, 0, 8 + 5 + 5 + 3 + 3, 3 + 2, 3, stats.seconds)
-    monkeypatch.setattr(module, "BATCH_TOKENS", 6)
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 6)
     engine.shapes.clear()
     model.encode(texts, batch_size=4)
     assert engine.shapes == [(1, 8), (1, 5), (1, 5), (2, 3)]

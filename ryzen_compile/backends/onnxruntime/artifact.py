@@ -176,7 +176,7 @@ def read(directory: Path, *, digests: bool = True, task: Task | None = None) -> 
     ``TamperedError`` or ``UnsafeError``, and ``UsageError`` for an artifact that is not made for ``task``.
     """
     manifest = read_manifest(directory)
-    spec = _spec_of(manifest)
+    spec = _spec_of(manifest, directory.name)
     made_to: Task = "generate" if spec.pooling is None else "embed"
     if task not in (None, made_to):
         raise UsageError(f"the artifact {shown_path(directory)} is made to {made_to}, not to {task}")
@@ -212,18 +212,18 @@ def read(directory: Path, *, digests: bool = True, task: Task | None = None) -> 
     )
 
 
-def _spec_of(manifest: Mapping[str, Any]) -> ModelSpec:
-    """The model in numbers; raises ``ArtifactError``."""
+def _spec_of(manifest: Mapping[str, Any], name: str) -> ModelSpec:
+    """The model in numbers; raises ``ArtifactError``, which calls the artifact by its ``name``."""
     try:
         facts = dict(manifest["spec"])
         pooling = facts.pop("pooling", None)
         spec = ModelSpec(**facts, pooling=None if pooling is None else Pooling(**pooling))
     except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"the manifest does not describe the model: {error}") from error
+        raise ArtifactError(f"{name}: the manifest does not describe the model: {error}") from error
     if spec.pooling is not None:
         known = spec.pooling.mode in POOLING_MODES and type(spec.pooling.normalize) is bool
         if not known or any(type(value) is not int or value < 1 for value in (spec.hidden, spec.vocab, spec.context)):
-            raise ArtifactError(f"the manifest does not describe an encoder, but {shown(manifest['spec'])}")
+            raise ArtifactError(f"{name}: the manifest does not describe an encoder, but {shown(manifest['spec'])}")
     return spec
 
 
