@@ -55,7 +55,8 @@ class EmbeddingIndex:
         """An index of ``vectors`` (N, C), N >= 1, under a codec fitted to them.
 
         ``dims`` keeps a prefix (of vectors trained for it), ``projection`` what it makes of them. To add to a
-        collection that is yet to come, fit an ``EmbeddingCodec`` on a sample and start from that.
+        collection that is yet to come, fit an ``EmbeddingCodec`` on a sample and start from that. Raises UsageError for
+        int8 and vectors that do not differ, as a single one does not: nothing tells their ranges.
         """
         codec = EmbeddingCodec.fit(vectors, precision, dims=dims, projection=projection)
         index = cls(codec, rescore=rescore, exact_rows=exact_rows)
@@ -87,9 +88,10 @@ class EmbeddingIndex:
     def search(self, queries: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
         """The ``min(k, N)`` best for each of ``queries`` (Q, C), best first: numbers int64 and scores float32 (Q, k).
 
-        A score is the cosine with what is stored. Of equal scores the lower number comes first. Raises
-        UsageError for k < 1, an empty index and queries of another width, NumericalError for queries that are not
-        finite or zero, ConfigError when more than ``exact_rows`` vectors need usearch and it is not installed.
+        A score is the cosine with what is stored. Of equal scores the lower number comes first, and is the one that is
+        kept (where candidates are ranked, among these). Raises UsageError for k < 1, an empty index and queries of
+        another width, NumericalError for queries that are not finite or zero, ConfigError when more than ``exact_rows``
+        vectors need usearch and it is not installed.
         """
         if k < 1:
             raise UsageError(f"k must be 1 or more, got {k}")
@@ -102,11 +104,8 @@ class EmbeddingIndex:
             return self._ranked(queries, self._led_to(queries, count), k)
         if self.codec.precision == "binary" and count < len(self):
             return self._ranked(queries, _nearest_bits(self.codes, self._bits(queries), count), k)
-        found = []
-        for part in blocks(len(queries), len(self)):  # whose scores are held at a time
-            scores = self.codec.scores(queries[part], self.codes)
-            ids = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-            found.append(_best(ids, np.take_along_axis(scores, ids, axis=1), k))
+        parts = blocks(len(queries), len(self))  # whose scores are held at a time
+        found = [_best_of_all(self.codec.scores(queries[part], self.codes), k) for part in parts]
         ids, best = zip(*found, strict=True)
         return np.concatenate(ids), np.concatenate(best)
 
@@ -192,6 +191,16 @@ def _nearest_bits(codes: np.ndarray, bits: np.ndarray, count: int) -> np.ndarray
         distance = np.bitwise_count(stored ^ one).sum(axis=1, dtype=np.int64)
         found[row] = np.argpartition(distance * len(codes) + numbers, count - 1)[:count]
     return found
+
+
+def _best_of_all(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """``_best`` of all numbers, of which few are sorted: those whose scores (Q, N) are no less than the k-th."""
+    ids = np.empty((len(scores), k), np.int64)
+    least = np.partition(scores, -k, axis=1)[:, -k]
+    for row, one in enumerate(scores):
+        kept = np.flatnonzero(one >= least[row])  # more than k where scores are equal, lower numbers first
+        ids[row] = kept[np.argsort(-one[kept], kind="stable")[:k]]
+    return ids, np.take_along_axis(scores, ids, axis=1)
 
 
 def _best(ids: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

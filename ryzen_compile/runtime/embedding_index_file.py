@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ryzen_compile.errors import ArtifactError, NumericalError, UsageError
+from ryzen_compile.errors import ArtifactError, ModelError, NumericalError, UsageError
 from ryzen_compile.manifest import MANIFEST_NAME, read_manifest, shown, shown_path, verify_files, write_manifest
 from ryzen_compile.numerics.embedding_codec import EmbeddingCodec
 from ryzen_compile.publish import Staging, require_space
@@ -22,6 +22,7 @@ TENSORS = "embedding_index.safetensors"
 KEY = "embedding_index"  # of the manifest
 VERSION = 1
 CODES = "codes"
+STORED = ("F32", "I8", "U8")  # what codes and codecs are of, in the format's words
 AGAIN = "build the index again and save it"
 _WHOLE_NUMBERS = ("version", "source_dims", "dims", "vectors", "rescore")
 
@@ -53,7 +54,7 @@ def read_index(directory: str | Path) -> tuple[EmbeddingCodec, np.ndarray, dict[
     if TENSORS not in manifest["files"]:
         raise ArtifactError(f"{MANIFEST_NAME} of {shown_path(directory)} does not list {TENSORS}", hint=AGAIN)
     verify_files(directory, manifest)
-    check_safetensors(directory / TENSORS)
+    _check_dtypes(directory)
     tensors = load_file(directory / TENSORS)
     codes = tensors.pop(CODES, None)
     try:
@@ -67,6 +68,20 @@ def read_index(directory: str | Path) -> tuple[EmbeddingCodec, np.ndarray, dict[
     if codec.precision == "float32" and not np.isfinite(codes).all():
         raise ArtifactError(f"{shown_path(directory)} holds vectors that are not finite", hint=AGAIN)
     return codec, codes, {"rescore": facts["rescore"]}
+
+
+def _check_dtypes(directory: Path) -> None:
+    """Before anything is loaded: of some dtypes NumPy has no array."""
+    try:
+        entries = check_safetensors(directory / TENSORS)
+    except ModelError as error:
+        raise ArtifactError(f"{shown_path(directory)}: {error.message}", hint=AGAIN) from error
+    for name, entry in entries.items():
+        if entry.dtype not in STORED:
+            raise ArtifactError(
+                f"{shown_path(directory)}: tensor {shown(name)} is of {entry.dtype}, expected {', '.join(STORED)}",
+                hint=AGAIN,
+            )
 
 
 def _checked_facts(facts: object, directory: Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from safetensors.numpy import load_file, save_file
 
 from ryzen_compile.errors import (
@@ -131,6 +133,27 @@ def test_equal_vectors_come_in_their_order() -> None:
         ids, scores = EmbeddingIndex.build(x, precision).search(x[:1], 5)
         np.testing.assert_array_equal(ids, [[0, 1, 2, 3, 4]])
         assert np.ptp(scores) == 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_of_equal_scores_those_of_the_lower_numbers_are_kept(precision: Precision) -> None:
+    x = np.zeros((23, DIMS))
+    x[:, 5] = 1  # one product each, so that no order of summing tells equal vectors apart
+    x[[0, 7, 22], 5] = -1
+    index = EmbeddingIndex.build(x, precision)
+    equal = [number for number in range(23) if number not in (0, 7, 22)]
+    np.testing.assert_array_equal(index.search(x[:3], 3)[0], [[0, 7, 22], [1, 2, 3], [1, 2, 3]])
+    for k in range(1, 24):
+        np.testing.assert_array_equal(index.search(x[1:3], k)[0], [[*equal, 0, 7, 22][:k]] * 2)
+
+
+def test_a_single_vector_has_no_int8_ranges() -> None:
+    x = vectors(1)
+    for same in (x, np.repeat(x, 20, axis=0)):
+        with pytest.raises(UsageError, match="int8 ranges need vectors that differ"):
+            EmbeddingIndex.build(same, "int8")
+    for precision in ("float32", "binary"):
+        assert EmbeddingIndex.build(x, precision).search(x)[0].tolist() == [[0]]
 
 
 @pytest.mark.parametrize("queries", [np.zeros((1, DIMS)), np.full((1, DIMS), np.nan)])
@@ -262,11 +285,43 @@ def test_tensors_that_are_no_codec_are_refused(tmp_path: Path, name: str, value:
     tensors = load_file(out / TENSORS)
     tensors.pop(name, None)
     save_file(tensors if value is None else {**tensors, name: value}, out / TENSORS)
+    seal(out)
+    with pytest.raises(ArtifactError):
+        EmbeddingIndex.load(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "said"),
+    [
+        *(("codes", torch.bfloat16, "BF16"), ("codes", torch.float8_e4m3fn, "F8_E4M3"), ("codes", torch.int64, "I64")),
+        *(("ranges.step", torch.float16, "F16"), ("surplus", torch.bfloat16, "BF16")),
+    ],
+)
+def test_other_dtypes_are_refused_before_they_are_read(
+    tmp_path: Path, name: str, dtype: torch.dtype, said: str
+) -> None:
+    out = saved(tmp_path)
+    tensors = {key: torch.tensor(array) for key, array in load_file(out / TENSORS).items()}
+    tensors[name] = tensors.get(name, torch.ones(1)).float().to(dtype)
+    safetensors.torch.save_file(tensors, out / TENSORS)
+    seal(out)
+    with pytest.raises(ArtifactError, match=f"tensor '{name}' is of {said}, expected F32, I8, U8"):
+        EmbeddingIndex.load(out)
+
+
+def test_a_header_that_is_none_is_refused(tmp_path: Path) -> None:
+    out = saved(tmp_path)
+    (out / TENSORS).write_bytes((out / TENSORS).read_bytes()[:-1])
+    seal(out)
+    with pytest.raises(ArtifactError, match="outside the file"):
+        EmbeddingIndex.load(out)
+
+
+def seal(out: Path) -> None:
+    """Writes the manifest over whatever is there now, as a hostile writer would."""
     facts = json.loads((out / MANIFEST_NAME).read_text())[KEY]
     (out / MANIFEST_NAME).unlink()
     write_manifest(out, {KEY: facts})
-    with pytest.raises(ArtifactError):
-        EmbeddingIndex.load(out)
 
 
 def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
