@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ryzen_compile.cli import output
-from ryzen_compile.cli.defaults import ENCODER_RECIPE
 from ryzen_compile.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def open_encoder(
     quiet: bool = False,
 ) -> CompiledEncoder:
     """An artifact, or a model that is compiled for this one call."""
-    from ryzen_compile.api import load, optimize
+    from ryzen_compile.api import load, optimize, recipe_for
     from ryzen_compile.cli.narrate import narrated
     from ryzen_compile.config import find_recipe
     from ryzen_compile.manifest import MANIFEST_NAME
@@ -51,10 +50,10 @@ def open_encoder(
         if recipe is not None or pooling is not None:
             raise UsageError("--recipe and --pooling are for models that are compiled, not for an artifact")
         return load(target, task="embed", threads=threads, native=choice, digests=digests)
-    passes = encoder_passes(find_recipe(recipe or ENCODER_RECIPE))
-    with narrated(len(passes), quiet=quiet) as progress:
+    chosen = find_recipe(recipe_for(target, task="embed") if recipe is None else recipe)
+    with narrated(len(encoder_passes(chosen)), quiet=quiet) as progress:
         encoder: CompiledEncoder = optimize(
-            target, recipe, task="embed", pooling=pooling, threads=threads, native=choice, progress=progress
+            target, chosen, task="embed", pooling=pooling, threads=threads, native=choice, progress=progress
         )
     return encoder
 

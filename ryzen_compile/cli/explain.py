@@ -11,11 +11,15 @@ import typer
 from ryzen_compile.cli import output
 from ryzen_compile.cli.defaults import RECIPE_USED
 from ryzen_compile.cli.failure import printable
+from ryzen_compile.errors import UsageError
 
 
 def explain(
     target: Annotated[str, typer.Argument(help="An artifact directory, a model directory or a hub id.")],
     recipe: Annotated[str | None, typer.Option(help=f"Recipe, when TARGET is a model; default: {RECIPE_USED}.")] = None,
+    task: Annotated[str | None, typer.Option(help="'embed' or 'generate', where the model leaves it open.")] = None,
+    pooling: output.PoolingOption = None,
+    no_normalize: output.NoNormalizeFlag = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: output.JsonFlag = False,
@@ -23,8 +27,10 @@ def explain(
     """Show hits, near-misses with their reasons, operators before and after, time and error of every pass."""
     from ryzen_compile.manifest import MANIFEST_NAME
 
-    directory = Path(target)
+    directory, pooled = Path(target), output.pooling_choice(pooling, no_normalize)
     if (directory / MANIFEST_NAME).exists():
+        if recipe is not None or task is not None or pooled is not None:
+            raise UsageError("--recipe, --task and --pooling are for models that are read, not for an artifact")
         from ryzen_compile.backends.onnxruntime.artifact import REPORT_NAME, read
         from ryzen_compile.backends.onnxruntime.native import claimed
 
@@ -44,11 +50,13 @@ def explain(
     from ryzen_compile.config import find_recipe
     from ryzen_compile.pipeline import default_passes, encoder_passes
 
-    task = task_of(target)
-    chosen = find_recipe(recipe_for(target, task=task) if recipe is None else recipe)
-    passes = default_passes(chosen) if task == "generate" else encoder_passes(chosen)
+    done = task_of(target, task)  # type: ignore[arg-type]
+    if done == "generate" and pooled is not None:
+        raise UsageError("--pooling is for encoders, this model generates", hint="or give --task embed")
+    chosen = find_recipe(recipe_for(target, task=done) if recipe is None else recipe)
+    passes = default_passes(chosen) if done == "generate" else encoder_passes(chosen)
     with narrated(len(passes), quiet=quiet or as_json) as progress:
-        source = read_source(target, task=task, progress=progress)
+        source = read_source(target, task=done, pooling=pooled, progress=progress)
         _, report = rewrite(
             source.model,
             chosen,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import pytest
 
 import ryzen_compile
 from ryzen_compile.api import export
-from ryzen_compile.cli import defaults
-from ryzen_compile.config import ENCODER_RECIPE
+from ryzen_compile.cli import defaults, narrate
+from ryzen_compile.config import ENCODER_RECIPE, find_recipe
+from ryzen_compile.recipe_file import RECIPE_NAME, recipe_text
 from ryzen_compile.runtime.encoder import EncodingStats
 from ryzen_compile.spec import EncoderSettings
 from tests.tiny_encoder import HIDDEN, write_directory
@@ -113,6 +116,28 @@ def test_a_model_directory_is_compiled_for_the_call(run: Any, model: Path, vecto
     assert "capturing the graph" in err
 
 
+@pytest.mark.parametrize("trained_for", [None, "int8"])
+def test_the_bar_counts_the_passes_of_the_recipe_that_is_used(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_for: str | None
+) -> None:
+    directory = write_directory(tmp_path / "model")
+    if trained_for is not None:
+        (directory / RECIPE_NAME).write_text(recipe_text(find_recipe(trained_for)))
+    totals, passes, narrated = [], [], narrate.narrated
+
+    @contextmanager
+    def counted(total: int, **options: Any) -> Iterator[Any]:
+        totals.append(total)
+        with narrated(total, **options) as tell:
+            yield lambda event: (passes.append(event) if not isinstance(event, str) else None, tell(event))
+
+    monkeypatch.setattr(narrate, "narrated", counted)
+    status, _, err = run("embed", directory, "a cat")
+    assert status == 0, err
+    assert totals == [len(passes)]
+    assert ("quantize_weights" in [record.name for record in passes]) is (trained_for == "int8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
@@ -158,6 +183,22 @@ def test_explain(run: Any, model: Path, artifact: Path, what: str) -> None:
     status, out, err = run("explain", model if what == "model" else artifact)
     assert status == 0, err
     assert "fuse_add_norm" in out and "insert_kv_cache" not in out
+
+
+def test_explain_pools_as_it_is_told(run: Any, model: Path, artifact: Path, tiny_python_lm: Path) -> None:
+    plain, pooled = (run("explain", model, *more) for more in ((), ("--pooling", "max", "--no-normalize")))
+    assert plain[0] == pooled[0] == 0, pooled[2]
+    assert "aten.amax" in pooled[1] and "aten.amax" not in plain[1]
+    for target, arguments, said in (
+        (artifact, ["--pooling", "max"], "not for an artifact"),
+        (artifact, ["--task", "embed"], "not for an artifact"),
+        (model, ["--pooling", "median"], "no 'median'"),
+        (model, ["--no-normalize"], "about a pooling that is given"),
+        (model, ["--task", "translate"], "no task 'translate'"),
+        (tiny_python_lm, ["--pooling", "cls"], "--pooling is for encoders"),
+    ):
+        status, out, err = run("explain", target, *arguments)
+        assert (status, out) == (2, "") and said in err
 
 
 def test_bench_counts_texts(run: Any, artifact: Path) -> None:
