@@ -4,6 +4,9 @@ The corpus is every function and method as source text, all docstrings in it rem
 a docstring, and what is relevant to it is the one function that it was taken from: where two functions share a
 sentence it asks for neither, and of functions with the same text one is kept. Top-level modules are either trained on
 or tested on, packages as a whole.
+
+``train/pairs.py`` cuts such pairs, too, to train on: of any documents, leaving out functions that have no sentence or
+whose docstring shares a line with code. Here every function is to be found.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 They come out of the documents that a configuration names, so what is held out is whole documents. A Python file gives a
 pair for each function with a docstring, as in CodeSearchNet (Husain et al., 2019): its first sentence, and the function
-without it. A record gives its two columns.
+without it. A record gives its two columns. ``benchmarks/retrieval_task.py`` cuts what it measures by itself: functions
+without a sentence are there to be found as well, and a sentence of two functions asks for neither.
 """
 
 from __future__ import annotations

@@ -71,7 +71,3 @@ class OrtEncoder:
         if self._directory is not None:
             self._directory.cleanup()
             self._directory = None
-
-    def end_profile(self) -> Path:
-        """Stops recording, and returns the trace (Chrome's format) that it wrote to the temporary directory."""
-        return Path(self._session.end_profiling())
