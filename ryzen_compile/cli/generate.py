@@ -30,7 +30,9 @@ def generate(
     artifact: Annotated[Path, typer.Argument(help="Artifact directory.")],
     prompt: Annotated[str | None, typer.Argument(help="Text to continue; read from stdin when absent.")] = None,
     max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", help="At most so many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0, the default, is greedy; default with --paths: 1.", show_default=False)
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this mass.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Keep tokens this likely relative to the likeliest.")] = None,
@@ -99,6 +101,7 @@ def generate(
     speculation = _speculation(speculate, draft, draft_tokens, early_exit, corpus or [], draft_threshold)
     references = [_reference_text(source) for source in corpus or []]
     text = sys.stdin.read() if prompt is None else prompt
+    verifier = None if search is None else search.verifier(text)
     settings = {
         "top_k": top_k,
         "top_p": top_p,
@@ -110,7 +113,7 @@ def generate(
         "sinks": sinks,
     }
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-    if temperature:
+    if temperature if search is None else temperature is not None:
         given |= {"do_sample": True, "temperature": temperature}
     choice = output.native_choice(native)
 
@@ -124,7 +127,7 @@ def generate(
             given["speculation"] = dataclasses.replace(speculation, corpus=_corpus(references, tokenizer))
             given["assistant_model"] = None if draft is None else stack.enter_context(opened(draft))
         if search is not None:
-            say_paths(search.run(model, text, max_new_tokens=max_new_tokens, **given), as_json=as_json)
+            say_paths(search.run(model, text, verifier, max_new_tokens=max_new_tokens, **given), as_json=as_json)
             return
         ids = tokenizer(text)["input_ids"]
         given |= _prompt_cache(model, ids, prompt_cache, save_prompt_cache)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ryzen_compile.runtime.compiled import CompiledModel
     from ryzen_compile.runtime.paths.result import PathsResult
 
+OPTIONS = {"stop": "until", "step_tokens": "step-tokens"}  # called otherwise than ``generate_paths``'s arguments
 KINDS = "regex:PATTERN, json:SCHEMA.json, tests:FILE.py or program:COMMAND"
 
 
@@ -29,9 +30,12 @@ class PathSearch:
     arguments: dict[str, Any]
     verify: tuple[str, str] | None
 
-    def run(self, model: CompiledModel, prompt: str, **given: Any) -> PathsResult:
+    def verifier(self, prompt: str) -> Any:
+        """Of what follows ``prompt``; None for nobody. Raises ``UsageError`` for a file that is none of its kind."""
+        return None if self.verify is None else _verifier(*self.verify, prompt)
+
+    def run(self, model: CompiledModel, prompt: str, verifier: Any, **given: Any) -> PathsResult:
         """The paths that follow ``prompt``."""
-        verifier = None if self.verify is None else _verifier(*self.verify, prompt)
         result: PathsResult = model.generate_paths(prompt, self.n, verifier=verifier, **self.arguments, **given)
         return result
 
@@ -48,11 +52,9 @@ def path_options(
 
     given = {name: value for name, value in arguments.items() if value is not None}
     if n is None:
-        if given or verify is not None:
-            option = (
-                "--verify" if verify is not None else {"stop": "--until"}.get(name := next(iter(given)), f"--{name}")
-            )
-            raise UsageError(f"{option.replace('_', '-')} belongs to several paths", hint="give --paths N as well")
+        alone = ["verify"] * (verify is not None) + [OPTIONS.get(name, name) for name in given]
+        if alone:
+            raise UsageError(f"--{alone[0]} belongs to several paths", hint="give --paths N as well")
         return None
     for option, value in apart.items():
         if value is not None:

@@ -6,17 +6,25 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from ryzen_compile.errors import UsageError
 
+_calls: ContextVar[tuple[object, ...]] = ContextVar("_calls", default=())  # that the code at hand runs inside of
+
 
 class Guard:
-    """Calls from several threads wait for each other; those that could only hang or crash raise ``UsageError``."""
+    """Calls from several threads wait for each other; those that could only hang or crash raise ``UsageError``.
+
+    Inside of a call are its own thread and whatever runs in a copy of its context (``contextvars.copy_context``): a
+    helper thread that the call waits for.
+    """
 
     def __init__(self) -> None:
         self.closed = False
         self._lock = threading.Lock()
-        self._holder: int | None = None
+        self._holder: int | None = None  # a thread
+        self._call: object = None
         self._pid = os.getpid()
 
     @contextmanager
@@ -25,7 +33,7 @@ class Guard:
         if os.getpid() != self._pid:
             # Neither the lock nor an engine's threads survive a fork.
             raise UsageError(f"{what} was called in a forked process", hint="load the model after the fork")
-        if self._holder == threading.get_ident():
+        if self._holder == threading.get_ident() or (self._call is not None and self._call in _calls.get()):
             raise UsageError(
                 f"{what} was called from inside a running call of the same model, by a streamer or another callback",
                 hint="call it after the first one has returned, or load the model twice",
@@ -33,8 +41,10 @@ class Guard:
         with self._lock:
             if self.closed and not even_closed:
                 raise UsageError(f"{what} was called on a closed model", hint="load it again")
-            self._holder = threading.get_ident()
+            self._holder, self._call = threading.get_ident(), object()
+            outside = _calls.set((*_calls.get(), self._call))
             try:
                 yield
             finally:
-                self._holder = None
+                self._holder = self._call = None
+                _calls.reset(outside)

@@ -62,9 +62,9 @@ def read_corpus(settings: DataSettings) -> Corpus:
     read or fetched.
     """
     skipped: list[str] = []
-    documents = _read(settings.train, "data.train", skipped)
+    documents = read_source(settings.train, "data.train", skipped)
     if settings.validation is not None:
-        train, validation = documents, _read(settings.validation, "data.validation", skipped)
+        train, validation = documents, read_source(settings.validation, "data.validation", skipped)
         documents = [*train, *validation]
     elif settings.hold_out:
         train, validation = _held_out(documents, settings.hold_out)
@@ -128,8 +128,11 @@ def _every(documents: Sequence[Document], share: float) -> tuple[list[Document],
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
-def _read(source: TextSource, setting: str, skipped: list[str]) -> list[Document]:
-    """The source's documents of an allowed length. ``setting`` is its name for messages."""
+def read_source(source: TextSource, setting: str, skipped: list[str]) -> list[Document]:
+    """The source's documents of an allowed length, no two of one name; files that are no text are added to ``skipped``.
+
+    ``setting`` is the source's name for messages. Raises as ``read_corpus`` does.
+    """
     most = float("inf") if source.max_characters is None else source.max_characters
     left_out = 0
     kept: list[Document] = []

@@ -25,7 +25,7 @@ from ryzen_compile.errors import ConfigError
 from ryzen_compile.manifest import shown
 from ryzen_compile.train.config import ContrastiveSettings, DataSettings
 from ryzen_compile.train.contrastive import PAD
-from ryzen_compile.train.documents import Corpus, Document, read_corpus
+from ryzen_compile.train.documents import Corpus, Document, read_corpus, read_source
 from ryzen_compile.train.plan import Rows
 
 if TYPE_CHECKING:
@@ -44,11 +44,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Those to train on and those to validate on, and the documents that they are from."""
+    """Those to train on and those to validate on, and the documents that they are from. Of ``incomplete`` records one
+    text was used and the other left out, for its length or as blank; they give no pair."""
 
     train: tuple[Pair, ...]
     validation: tuple[Pair, ...]
     corpus: Corpus
+    incomplete: int = 0
 
     @property
     def digest(self) -> str:
@@ -74,18 +76,19 @@ def read_pairs(data: DataSettings, settings: ContrastiveSettings) -> Pairs:
     give no pairs."""
     query, positive = settings.columns
     corpus = read_corpus(_column(data, query))
-    answers: dict[str, str] = {}
+    answers: list[dict[str, str]] = [{}, {}]
+    incomplete = 0
     if not all(map(_is_python, (*corpus.train, *corpus.validation))):
-        other = read_corpus(_column(data, positive))
-        answers = {document.name: document.text for document in (*other.train, *other.validation)}
-    train, validation = (_pairs(part, answers) for part in (corpus.train, corpus.validation))
+        answers = _answers(_column(data, positive))
+        incomplete = _incomplete(corpus, answers)
+    train, validation = map(_pairs, (corpus.train, corpus.validation), answers)
     for name, found in (("train", train), ("validate", validation)):
         if not found:
             raise ConfigError(
                 f"data: there are no pairs to {name} on in {len(corpus.train) + len(corpus.validation)} documents",
                 hint=f"expected records with {shown(query)} and {shown(positive)}, or Python files with docstrings",
             )
-    return Pairs(tuple(train), tuple(validation), corpus)
+    return Pairs(tuple(train), tuple(validation), corpus, incomplete)
 
 
 def function_pairs(source: str) -> Iterator[Pair]:
@@ -167,6 +170,25 @@ def _filled(tokens: Sequence[Sequence[int]], width: int) -> Tensor:
     for row, ids in zip(found, tokens, strict=True):
         row[: len(ids)] = ids
     return torch.from_numpy(found)
+
+
+def _answers(data: DataSettings) -> list[dict[str, str]]:
+    """Texts by the names of their documents, for what is trained and what is validated on: the same object twice where
+    both are of one source. Documents of two sources may have one name."""
+    sources = {"data.train": data.train, "data.validation": data.validation}
+    found = [
+        {document.name: document.text for document in read_source(source, setting, [])}
+        for setting, source in sources.items()
+        if source is not None
+    ]
+    return [found[0], found[-1]]
+
+
+def _incomplete(corpus: Corpus, answers: Sequence[Mapping[str, str]]) -> int:
+    queries = [{document.name for document in part} for part in (corpus.train, corpus.validation)]
+    if answers[0] is answers[1]:
+        return len(queries[0].union(queries[1]) ^ answers[0].keys())
+    return sum(len(names ^ found.keys()) for names, found in zip(queries, answers, strict=True))
 
 
 def _pairs(documents: Sequence[Document], answers: Mapping[str, str]) -> list[Pair]:

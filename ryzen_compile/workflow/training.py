@@ -252,6 +252,8 @@ def _prepare_pairs(config: TrainConfig, settings: ContrastiveSettings, mode: Mod
     most = (TEST_ROWS, TEST_VALIDATION_ROWS) if mode == "test" else (None, None)
     rows = make_rows(pairs, tokenizer, settings.query_length, config.data.length, most=most)
     tell(watcher, f"{len(rows.train):,} pairs to train on, {len(rows.validation):,} to validate on")
+    if pairs.incomplete:
+        tell(watcher, f"{pairs.incomplete:,} records give no pair: one of their texts is too short, too long or blank")
     return Text(pairs.corpus, tokenizer, rows)
 
 

@@ -48,6 +48,22 @@ def test_paths_are_those_of_the_library(run: Any, artifact: Path, found: Any) ->
     assert status == 0 and out == text + "\n"
 
 
+def test_temperature_is_one_unless_given(run: Any, artifact: Path, found: Any) -> None:
+    def texts(*options: object) -> list[str]:
+        status, out, err = run("generate", artifact, "def add(", *SAMPLED[:4], "-t", 1, "--json", *options)
+        assert status == 0, err
+        return [path["text"] for path in json.loads(out)["paths"]]
+
+    assert texts("--paths", 3) == [path["text"] for path in found("--paths", 3)["paths"]]
+    _, out, _ = run("generate", artifact, "def add(", "-n", 8, "-t", 1)
+    assert texts("--paths", 1, "--temperature", 0) == [out.removesuffix("\n")] != texts("--paths", 1)
+
+
+def test_a_verifier_is_read_before_the_model(run: Any, tmp_path: Path) -> None:
+    status, out, err = run("generate", tmp_path / "no-artifact", "p", "--paths", 2, "--verify", "tests:no.py")
+    assert (status, out) == (2, "") and "--verify: 'no.py' cannot be read" in err
+
+
 def test_steps_fork(found: Any) -> None:
     result = found("--paths", 4, "--step-tokens", 3)
     assert any(path["parent"] is not None and path["branched_at"] == 3 for path in result["paths"])
@@ -92,6 +108,7 @@ def test_verifiers_that_run_something(found: Any, tmp_path: Path) -> None:
             "error[usage]: --verify: 'no.py' cannot be read: No such file",
         ),
         (["--paths", "2", "--verify", "regex:("], 2, "error[usage]: '(' is not a regular expression"),
+        (["--paths", "4", "--temperature", "0"], 3, "error[prompt]: 4 paths need sampling"),
         (["--paths", "2", "--vote", "x"], 3, "error[prompt]: vote must be 'majority', 'best' or a callable, got 'x'"),
         (["--paths", "2", "--until", "first"], 3, "error[prompt]: stop='first' waits for a path that passes"),
     ],

@@ -106,10 +106,35 @@ def test_records_are_joined_by_their_place(tmp_path: Path) -> None:
     columns = ContrastiveSettings(columns=("question", "answer"))
     found = read_pairs(data(path, validation_share=0.2), columns)
     numbers = [int(pair.query.rpartition(" ")[2]) for pair in (*found.train, *found.validation)]
-    assert numbers == [0, 1, 2, 5, 6, 7, 8, 4, 9]
+    assert numbers == [0, 1, 2, 5, 6, 7, 8, 4, 9] and found.incomplete == 1
     assert all(pair.positive == f"{number} it is" for number, pair in zip(numbers, (*found.train, *found.validation), strict=True))  # fmt: skip  # noqa: E501
     again = read_pairs(data(path, validation_share=0.2), columns)
     assert found.digest == again.digest != read_pairs(data(path, validation_share=0.5), columns).digest
+
+
+def test_two_sources_may_call_their_records_alike(tmp_path: Path) -> None:
+    """Each part has its own positives, though both files are pairs.jsonl; incomplete records of both are counted."""
+    for part, count in (("train", 5), ("validation", 3)):
+        (tmp_path / part).mkdir()
+        records = [{"query": f"{part} {i}", "positive": f"of {part} {i}"} for i in range(count)]
+        records += [{"query": "alone in " + part, "positive": " "}, {"query": "", "positive": "nobody asks for it"}]
+        path = tmp_path / part / "pairs.jsonl"
+        path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    validation = TextSource(path=str(tmp_path / "validation" / "pairs.jsonl"))
+    found = read_pairs(data(tmp_path / "train" / "pairs.jsonl", validation=validation), ContrastiveSettings())
+    assert found.train == tuple(Pair(f"train {i}", f"of train {i}") for i in range(5))
+    assert found.validation == tuple(Pair(f"validation {i}", f"of validation {i}") for i in range(3))
+    assert found.incomplete == 4
+
+
+def test_a_held_out_record_may_be_incomplete(tmp_path: Path) -> None:
+    """A pattern is for names of queries: that it matches no positive is no error."""
+    path = tmp_path / "pairs.jsonl"
+    records = [{"query": f"ask {i}", "positive": "" if i == 2 else f"is {i}"} for i in range(6)]
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    found = read_pairs(data(path, hold_out=("*:3", "*:5")), ContrastiveSettings())
+    assert [pair.query for pair in found.validation] == ["ask 4"] and found.incomplete == 1
+    assert [pair.query for pair in found.train] == ["ask 0", "ask 1", "ask 3", "ask 5"]
 
 
 def test_whole_modules_are_held_out(tmp_path: Path) -> None:

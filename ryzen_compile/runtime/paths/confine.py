@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 NEW_USER, NEW_PIDS, NEW_NETWORK, NEW_IPC, NEW_MOUNTS = 0x10000000, 0x20000000, 0x40000000, 0x08000000, 0x00020000
+NO_SETUID, NO_DEVICES, NO_PROGRAMS = 2, 4, 8  # mount's, beside READ_ONLY
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, READ_ONLY, PRIVATE = 442, -100, 0x8000, 1, 1 << 18
 PARENT_DEATH, SUBREAPER, NO_NEW_PRIVILEGES = 1, 36, 38  # prctl's
 NOBODY = 65534
@@ -36,7 +37,7 @@ def main() -> None:
     os.set_inheritable(asked["status"], False)
     isolated: list[str] = []
     if asked["namespaces"] and unshared():
-        isolated = ["network", "processes"]
+        isolated = ["network"]
         if read_only(limits["file_bytes"]):
             isolated.append("files")
         keeper = os.fork()  # the first process of the new namespace
@@ -44,6 +45,8 @@ def main() -> None:
             os.waitpid(keeper, 0)
             return
         libc.prctl(PARENT_DEATH, signal.SIGKILL)
+        if "files" in isolated and own_processes():
+            isolated.append("processes")
     else:
         libc.prctl(SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
@@ -80,6 +83,13 @@ def read_only(file_bytes: int) -> bool:
         return False
     os.chdir(here)  # into the new one
     return True
+
+
+def own_processes() -> bool:
+    """Whether /proc now shows the processes of this namespace alone. Not where parts of it are masked, as they are in
+    containers: a new one would bare them, and is refused."""
+    flags = READ_ONLY | NO_SETUID | NO_DEVICES | NO_PROGRAMS
+    return not libc.mount(b"proc", b"/proc", b"proc", flags, None)
 
 
 def start(command: list[str], limits: dict[str, Any]) -> None:
@@ -163,7 +173,7 @@ def reaped(program: int) -> int | None:
 
 
 def descendants() -> list[int]:
-    """The processes below this one, as the outermost namespace numbers them."""
+    """The processes below this one, where there is no namespace."""
     found: list[int] = []
     waiting = ["self"]
     while waiting:
@@ -178,7 +188,7 @@ def descendants() -> list[int]:
 
 
 def end_descendants() -> None:
-    """Kill them all. Without effect in a namespace, where they have other numbers and end with their first process."""
+    """Kill them all. Nothing to do in a namespace, where they end with its first process, which this one then is."""
     if os.getpid() == 1:
         return
     until = time.monotonic() + 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from types import TracebackType
 from typing import Self
 
@@ -23,7 +24,8 @@ class Judges:
     def ask(self, verifier: Verifier, text: str) -> Future[Judgement]:
         """The verdict on ``text``, now or later. Raises what ``judged`` does, or the future does."""
         if getattr(verifier, "waits", False):
-            future = self._pool.submit(_timed, verifier, text)
+            # In this context, so that a verifier which calls the model is refused instead of waiting for ever.
+            future = self._pool.submit(copy_context().run, _timed, verifier, text)
             self._asked.add(future)
         else:
             future = Future()

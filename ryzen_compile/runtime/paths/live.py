@@ -75,6 +75,7 @@ class LivePath:
         self._since = 0  # tokens since the last boundary
         self.seconds = 0.0
         self.ended: Ended | None = None
+        self.text: str | None = None  # kept once it has ended
         self.verdict: Verdict | None = None
         self.answer: Hashable | None = None
         self.counted = False

@@ -6,6 +6,7 @@ those of a wave are started together and stepped together.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -187,7 +188,11 @@ class Request:
         return verdict
 
     def _text(self, path: LivePath) -> str:
-        return self._text_of(path.tokens)
+        if path.ended is None:
+            return self._text_of(path.tokens)
+        if path.text is None:
+            path.text = self._text_of(path.tokens)
+        return path.text
 
     # --- the votes ----------------------------------------------------------------------------------------------------
     def _is_enough(self, path: LivePath) -> bool:
@@ -200,7 +205,7 @@ class Request:
         voters = self._voters()
         if self.search.verifier is not None and not any(one.verdict and one.verdict.passed for one in voters):
             return False  # those that fail vote only as long as none passes
-        counts = [vote.count for vote in self._votes([self._finished(one) for one in voters])]
+        counts = list(Counter(one.answer for one in voters if one.answer is not None).values())
         left = self._most - self._settled
         return leader_probability(counts) >= self.search.confidence or (bool(counts) and decided(counts, left))
 

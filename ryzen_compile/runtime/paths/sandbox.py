@@ -2,9 +2,10 @@
 
 What every POSIX system gives: a clean environment, an empty temporary working directory, no core files, and limits on
 seconds, processor seconds, address space and the size of files. What Linux adds where the system lets users make
-namespaces (``Outcome.isolated`` says what it was): no network, no sight of other processes, and no file written but in
-the working directory, which lies in memory and is bounded. What is never kept away: files that the user may read can
-be read, and time and processors are shared. It holds off the mistakes of generated code, not an attacker.
+namespaces (``Outcome.isolated`` says what it was): no network, no signals to other processes and mostly no sight of
+them, and no file written but in the working directory, which lies in memory and is bounded. What is never kept away:
+files that the user may read can be read, and time and processors are shared. It holds off the mistakes of generated
+code, not an attacker.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Outcome:
     """How a program ended: ``status`` 0 where it ended well, else why not in ``reason``, which is empty otherwise.
 
     ``output`` and ``errors`` are what it wrote, at most ``Limits.file_bytes`` each. ``isolated`` names what it was kept
-    away from beyond its limits: of "network", "processes", "files" those that the system could do.
+    away from beyond its limits: of "network", "processes", "files" those that the system could do. Without "network"
+    there are no namespaces; with them other processes cannot be signalled, also where "processes" is missing because
+    they can still be listed.
     """
 
     status: int | None

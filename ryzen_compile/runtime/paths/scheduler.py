@@ -57,9 +57,9 @@ def generate_paths(
     given. All prompts use ``seed`` (None: one that is drawn, and reported), so that what a prompt gets does not depend
     on the others. Raises as ``generate`` does, and ``PromptError`` for a search that contradicts itself.
     """
-    given = {name: kwargs.pop(name) for name in OWN if name in kwargs}
+    own = {name: kwargs.pop(name) for name in OWN if name in kwargs}
     chosen = secrets.randbits(53) if seed is None else seed
-    search = read_search(n, given | {"seed": chosen})
+    search = read_search(n, own | {"seed": chosen})
     settings = Settings(generation_config, {"do_sample": True, **kwargs}, engine.spec.vocab)
     if settings.copies != 1:
         raise PromptError(f"num_return_sequences {settings.copies}: n says how many paths there are")
@@ -75,7 +75,8 @@ def generate_paths(
     chunk = integer("prefill_chunk_size", prefill_chunk_size, 1)
     if pool is None:
         pool = CachePool(engine.slots, limit=engine.spec.context, storage=engine.storage)
-    stops, boundaries = (StopStrings(given, tokenizer) for given in (settings.get("stop_strings"), search.step_strings))
+    stops = StopStrings(settings.get("stop_strings"), tokenizer)
+    boundaries = StopStrings(search.step_strings, tokenizer)
     processors, criteria = tuple(logits_processor or ()), tuple(stopping_criteria or ())
     began = time.perf_counter()
     with ExitStack() as held:

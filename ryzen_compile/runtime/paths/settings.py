@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +35,8 @@ class Budget:
     """What one prompt may take: new ``tokens`` of all its paths together, ``seconds``, ``samples`` (paths started).
 
     A path is started only if there are tokens left for all of it, so that tokens cut none short; only where they do
-    not suffice for a single path, one gets what there is. Time ends paths wherever they are.
+    not suffice for a single path, one gets what there is. Time ends paths wherever they are. ``read_search`` takes a
+    mapping with these names as well.
     """
 
     tokens: int | None = None
@@ -95,8 +96,8 @@ def read_search(n: object, given: dict[str, Any]) -> Search:
     for name in ("verifier", "guide"):
         if name in given:
             given[name] = as_verifier(given[name])
-    strings = given.get("step_strings", ())
-    given["step_strings"] = (strings,) if isinstance(strings, str) else tuple(strings)
+    given["step_strings"] = _strings(given.get("step_strings", ()))
+    given["budget"] = _budget(given.get("budget", {}))
     answer = given.get("answer")
     if isinstance(answer, str):
         given["answer"] = _pattern(answer)
@@ -118,7 +119,7 @@ def _check_choices(search: Search) -> None:
         raise PromptError(f"answer must be a pattern or a callable, got {search.answer!r}")
     if search.stop not in ("never", "first", "confident"):
         raise PromptError(f"stop must be 'never', 'first' or 'confident', got {search.stop!r}")
-    if not 0 < search.confidence < 1:
+    if not (isinstance(search.confidence, int | float) and 0 < search.confidence < 1):
         raise PromptError(f"confidence must be a number with 0 < confidence < 1, got {search.confidence!r}")
     if search.stop == "first" and search.verifier is None:
         raise PromptError("stop='first' waits for a path that passes", hint="give a verifier")
@@ -131,6 +132,26 @@ def _check_choices(search: Search) -> None:
             f"{search.n} paths that branch are stepped together, and there are {search.rows} rows",
             hint="give rows=, or fewer paths",
         )
+
+
+def _strings(given: object) -> tuple[str, ...]:
+    several = (given,) if isinstance(given, str) else given
+    if not isinstance(several, list | tuple) or not all(isinstance(one, str) and one for one in several):
+        raise PromptError(f"step_strings must be a non-empty string or a list of them, got {given!r}")
+    return tuple(several)
+
+
+def _budget(given: object) -> Budget:
+    """``given``, or one with the fields of a mapping."""
+    if isinstance(given, Budget):
+        return given
+    names = [field.name for field in fields(Budget)]
+    if not isinstance(given, Mapping):
+        raise PromptError(f"budget must be a Budget or a mapping with some of {', '.join(names)}, got {given!r}")
+    for name in given:
+        if name not in names:
+            raise PromptError(f"budget has no {name!r}, only {', '.join(names)}")
+    return Budget(**given)
 
 
 def _pattern(pattern: str) -> Answers:

@@ -34,7 +34,8 @@ class Verdict:
 @runtime_checkable
 class Verifier(Protocol):
     """Judges texts. One whose attribute ``waits`` is true only waits meanwhile, for a process, so that it is given a
-    thread and decoding goes on; any other is called from the loop itself, as a callback."""
+    thread and decoding goes on; any other is called from the loop itself, as a callback. Neither may call the model
+    whose texts it judges, which is busy until the verdicts are there: that raises ``UsageError``."""
 
     def verify(self, text: str) -> Verdict:
         """The verdict on ``text``. An exception is a failed verdict."""

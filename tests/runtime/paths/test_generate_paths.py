@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from contextvars import Context, copy_context
 from typing import Any
 
 import numpy as np
@@ -337,6 +339,7 @@ def test_forks_keep_to_the_budget(engine: TorchEngine) -> None:
     bounded = paths_of(engine, n=4, budget=Budget(samples=5), **given)
     assert len(bounded.paths) == 5
     assert len(paths_of(engine, n=9, budget=Budget(samples=2), **SAMPLED).paths) == 2
+    assert len(paths_of(engine, n=9, budget={"samples": 2}, **SAMPLED).paths) == 2
 
 
 def test_time_ends_paths_where_they_are(engine: TorchEngine) -> None:
@@ -375,6 +378,62 @@ def test_a_callback_cannot_call_the_model(engine: TorchEngine) -> None:
         assert len(compiled.generate_paths(PROMPT, **SAMPLED).paths) == 3, "and it is free again"
 
 
+@pytest.mark.parametrize("what", ["generate", "generate_paths"])
+def test_neither_can_a_verifier_in_its_thread(engine: TorchEngine, what: str) -> None:
+    """In a thread of its own, as it is the call that would never end."""
+    compiled = CompiledModel(engine, tokenizer=TOKENIZER)
+
+    class Asks:
+        waits = True
+
+        def verify(self, text: str) -> Verdict:
+            return Verdict(1, bool(getattr(compiled, what)(PROMPT)))
+
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            compiled.generate_paths(PROMPT, verifier=Asks(), **SAMPLED)
+        except UsageError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "it waits for itself"
+    assert f"{what} was called from inside a running call of the same model" in str(raised[0])
+    assert len(compiled.generate_paths(PROMPT, **SAMPLED).paths) == 3, "and it is free again"
+
+
+def test_what_a_call_leaves_behind_may_call_the_model(engine: TorchEngine) -> None:
+    """A thread that outlives the call whose context it has is an ordinary caller."""
+    compiled = CompiledModel(engine, tokenizer=TOKENIZER)
+    contexts: list[Context] = []
+
+    def keeps(text: str) -> bool:
+        contexts.append(copy_context())
+        return True
+
+    compiled.generate_paths(PROMPT, verifier=keeps, **SAMPLED)
+    assert len(contexts[0].run(compiled.generate_paths, PROMPT, **SAMPLED).paths) == 3
+
+
+@pytest.mark.parametrize("verifier", [None, lambda text: True], ids=["unverified", "verified"])
+def test_a_text_is_decoded_once(verifier: Any) -> None:
+    """Whatever asks for it: a verifier, the votes after each path, the result. Undecided votes make it ask often."""
+    decoded: list[tuple[int, ...]] = []
+
+    class Counting:
+        def decode(self, tokens: list[int], **options: bool) -> str:
+            decoded.append(tuple(tokens))
+            return TOKENIZER.decode(tokens, **options)
+
+    given = {"max_new_tokens": 3, "stop": "confident", "confidence": 0.99999, "tokenizer": Counting()}
+    result = paths_of(coin(*[1 / 24] * 24), n=24, wave=5, verifier=verifier, **given)
+    assert len(result.paths) == 24
+    assert sorted(decoded) == sorted([tuple(PROMPT), *((*PROMPT, *path.tokens) for path in result.paths)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -382,13 +441,21 @@ def test_a_callback_cannot_call_the_model(engine: TorchEngine) -> None:
         ({"n": True}, "n must be an integer >= 1, got True"),
         ({"max_depth": -1}, "max_depth must be an integer >= 0"),
         ({"step_tokens": 0}, "step_tokens must be an integer >= 1"),
-        ({"step_strings": [""]}, "stop_strings must be a non-empty string"),
+        ({"step_strings": [""]}, "step_strings must be a non-empty string or a list of them, got ['']"),
+        ({"step_strings": 3}, "step_strings must be a non-empty string or a list of them, got 3"),
+        ({"step_strings": b"ab"}, "step_strings must be a non-empty string or a list of them, got b'ab'"),
+        ({"step_strings": ["a", None]}, "step_strings must be a non-empty string"),
         ({"vote": "loudest"}, "vote must be 'majority', 'best' or a callable, got 'loudest'"),
         ({"answer": "("}, "is not a regular expression"),
         ({"stop": "soon"}, "stop must be 'never', 'first' or 'confident'"),
         ({"stop": "first"}, "stop='first' waits for a path that passes"),
         ({"stop": "confident", "vote": "best"}, "stop='confident' needs a majority"),
         ({"confidence": 1.0}, "confidence must be a number with 0 < confidence < 1"),
+        ({"confidence": "0.9"}, "confidence must be a number with 0 < confidence < 1, got '0.9'"),
+        ({"budget": 100}, "budget must be a Budget or a mapping with some of tokens, seconds, samples, got 100"),
+        ({"budget": {"token": 100}}, "budget has no 'token', only tokens, seconds, samples"),
+        ({"budget": {"tokens": 0}}, "budget.tokens must be an integer >= 1, got 0"),
+        ({"budget": {"seconds": "1"}}, "budget.seconds must be a number above 0, got '1'"),
         ({"n": 20, "step_tokens": 3}, "20 paths that branch are stepped together, and there are 16 rows"),
         ({"temperature": 0.0}, "3 paths need sampling"),
         ({"num_return_sequences": 2}, "n says how many paths there are"),

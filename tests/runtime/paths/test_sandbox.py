@@ -171,6 +171,17 @@ for attempt in (lambda: socket.create_connection(("127.0.0.1", 9), 1), lambda: o
     assert python(source).output.split() == expected
 
 
+def test_other_processes_are_out_of_sight() -> None:
+    outcome = python("import os; print(*filter(str.isdigit, os.listdir('/proc')), os.getpid())")
+    if "processes" not in outcome.isolated:
+        pytest.skip("this system lets nobody mount a /proc of their own")
+    *seen, own = map(int, outcome.output.split())
+    assert sorted(seen) == [1, own], "the keeper and the program"
+    assert {"network", "files"} <= set(outcome.isolated)
+    for file in ("/proc/sys/kernel/hostname", "/proc/self/oom_score_adj"):
+        assert b"Read-only file system" in python(f"open({file!r}, 'w')").errors
+
+
 def test_a_program_that_is_not_there() -> None:
     outcome = run(["no-such-program"], limits=LIMITS)
     assert outcome.status == 127 and b"no-such-program: No such file" in outcome.errors
