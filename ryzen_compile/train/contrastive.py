@@ -70,9 +70,14 @@ class ContrastiveObjective(Objective):
 
     def same(self, rows: Tensor) -> Tensor:
         """(B, B), whether pairs i and j have one query or one positive."""
+        query, positive = self.numbered(rows)
+        return (query[:, None] == query) | (positive[:, None] == positive)
+
+    def numbered(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) int64 each: queries, and positives, by numbers that equal ones share."""
         sides = (rows[:, : self.columns], rows[:, self.columns :])
         query, positive = (torch.unique(side, dim=0, return_inverse=True)[1] for side in sides)
-        return (query[:, None] == query) | (positive[:, None] == positive)
+        return query, positive
 
     def vectors(self, tokens: Tensor) -> Tensor:
         """(B, C) of ``tokens`` (B, T) with ``PAD`` behind them, at least float32: pooled, not normalised."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from ryzen_compile.encoder_source import load_encoder
 from ryzen_compile.errors import ConfigError
@@ -47,17 +50,36 @@ def prepare_encoder(
 ) -> tuple[PreTrainedModel, EncoderSettings]:
     """The encoder to train on texts of up to ``length`` tokens, and what its directory says of its vectors.
 
-    Raises ``ConfigError`` for a length that it has no room for, and what ``load_encoder`` and ``ready`` raise.
+    Raises ``ConfigError`` for a length that it has no room for, and what ``load_encoder`` and ``ready`` raise. What a
+    configuration calls its positions may be more than can be read (RoBERTa's two are of padding), so that a text of
+    that length is tried.
     """
     found = load_encoder(_directory(settings))
     limits = (found.settings.context, getattr(found.model.config, "max_position_embeddings", None))
     room = min(limit for limit in (*limits, length) if limit is not None)
+    room = _tokens_read(found.model, room)
     if length > room:
         raise ConfigError(
             f"the model reads {room} tokens at most, and texts are cut at {length}",
             hint=f"set data.length and contrastive.query_length to {room} or less",
         )
     return ready(found.model, tokenizer, settings.freeze or ()), found.settings
+
+
+@torch.no_grad()
+def _tokens_read(model: PreTrainedModel, most: int) -> int:
+    """How many tokens ``model`` reads at a time, up to ``most``."""
+    token = 0 if getattr(model.config, "pad_token_id", None) else 1  # not the one whose positions do not count
+
+    def fails(tokens: int) -> bool:
+        ids = torch.full((1, tokens), token)
+        try:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        except (IndexError, RuntimeError):  # a table of positions that is too short
+            return True
+        return False
+
+    return bisect_left(range(1, most), True, key=fails) if fails(most) else most
 
 
 def _directory(settings: ModelSettings) -> Path:

@@ -22,6 +22,7 @@ from ryzen_compile.train.token_loss import token_loss
 
 FOUND_IN = 10  # the first so many that a search gives
 AXES_ROWS = 512  # of the training rows, evenly spaced: what principal axes are of
+CELLS = 1 << 22  # of a matrix of cosines, at a time
 Figures = Mapping[int, Mapping[str, float]]
 
 
@@ -63,15 +64,18 @@ class PairRetention:
         queries, positives = self._vectors(self._validation)
         if axes is not None:
             queries, positives = queries @ axes, positives @ axes
-        same = self._objective.same(self._validation)
-        whole = _cosines(queries, positives)
-        found = {}
-        for dim in self._dims:
-            cosines = _cosines(queries[:, :dim], positives[:, :dim])
-            recall, rank = retrieval_figures(cosines, same)
-            correlation = torch.corrcoef(torch.stack([cosines.flatten(), whole.flatten()]).double())[0, 1]
-            found[dim] = {f"recall@{FOUND_IN}": recall, "mrr": rank, "cosine_correlation": float(correlation)}
-        return found
+        query, positive = self._objective.numbered(self._validation)
+        ranks: dict[int, list[Tensor]] = {dim: [] for dim in self._dims}
+        moments = {dim: torch.zeros(3, 3, dtype=torch.float64) for dim in self._dims}
+        # A block of queries at a time: all against all may be more than memory holds.
+        for block in torch.arange(len(queries)).split(max(1, CELLS // len(queries))):
+            same = (query[block, None] == query) | (positive[block, None] == positive)
+            whole = _cosines(queries[block], positives)
+            for dim in self._dims:
+                cosines = _cosines(queries[block, :dim], positives[:, :dim])
+                ranks[dim].append(retrieval_ranks(cosines, same, block))
+                moments[dim] += _moments(cosines, whole)
+        return {dim: retrieval_figures(torch.cat(ranks[dim])) | _correlation(moments[dim]) for dim in self._dims}
 
     def _vectors(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Whole ones of queries and of positives, (n, C) float32 each. Texts of like length are read together, so that
@@ -121,11 +125,18 @@ class TokenRetention:
         return {dim: {"loss": total / len(self._validation)} for dim, total in sums.items()}
 
 
-def retrieval_figures(cosines: Tensor, same: Tensor) -> tuple[float, float]:
-    """(recall@FOUND_IN, mean reciprocal rank) of query i's positive i, of ``cosines`` (n, n). What is as near stands
-    before it, unless it is the ``same`` (n, n)."""
-    ranks = 1 + ((cosines >= cosines.diagonal()[:, None]) & ~same).sum(-1)
-    return float((ranks <= FOUND_IN).double().mean()), float((1 / ranks.double()).mean())
+def retrieval_ranks(cosines: Tensor, same: Tensor, own: Tensor) -> Tensor:
+    """(q,) int64, from 1: where each query finds its ``own`` (q,) of the positives, of ``cosines`` (q, n). What is as
+    near stands before it, unless it is the ``same`` (q, n)."""
+    return 1 + ((cosines >= cosines.gather(1, own[:, None])) & ~same).sum(-1)
+
+
+def retrieval_figures(ranks: Tensor) -> dict[str, float]:
+    """recall@FOUND_IN and the mean reciprocal rank."""
+    return {
+        f"recall@{FOUND_IN}": float((ranks <= FOUND_IN).double().mean()),
+        "mrr": float((1 / ranks.double()).mean()),
+    }
 
 
 def principal_axes(vectors: Tensor) -> Tensor:
@@ -146,6 +157,19 @@ def as_it_is(objective: Objective) -> Iterator[torch.device]:
     finally:
         objective.train(training)
         objective.levers = levers
+
+
+def _moments(cosines: Tensor, whole: Tensor) -> Tensor:
+    """(3, 3) float64: sums of products of 1 and of the two, over all of their cells."""
+    columns = torch.stack([torch.ones_like(whole), cosines, whole]).flatten(1).double()
+    return columns @ columns.t()
+
+
+def _correlation(moments: Tensor) -> dict[str, float]:
+    """Pearson's, of the two that ``moments`` are of."""
+    mean = moments[0, 1:] / moments[0, 0]
+    covariance = moments[1:, 1:] / moments[0, 0] - mean[:, None] * mean
+    return {"cosine_correlation": float(covariance[0, 1] / (covariance[0, 0] * covariance[1, 1]).sqrt())}
 
 
 def _cosines(queries: Tensor, positives: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ryzen_compile.train.config import ModelSettings
 from ryzen_compile.train.documents import Corpus
 from ryzen_compile.train.encoder import prepare_encoder, prepare_reading, prompted
 from ryzen_compile.train.pairs import Pair, Pairs
-from tests.train.tiny_pairs import write_encoder
+from tests.train.tiny_pairs import WORDS, write_encoder
 
 PROMPTS = {"query": "Ask: ", "passage": "Found: ", "other": "Else: "}
 
@@ -59,6 +59,23 @@ def test_no_more_is_read_than_the_layout_allows(tmp_path: Path) -> None:
     prepare_encoder(settings(directory), tokenizer, 9)
     with pytest.raises(ConfigError, match="reads 9 tokens at most, and texts are cut at 10"):
         prepare_encoder(settings(directory), tokenizer, 10)
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+def test_positions_of_padding_are_not_read(tmp_path: Path, pad: int) -> None:
+    """RoBERTa counts positions from behind the padding token's number: of 16, fewer are left for tokens."""
+    from transformers import RobertaConfig, RobertaModel
+
+    directory = write_encoder(tmp_path / "encoder")
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=len(WORDS), max_position_embeddings=16, pad_token_id=pad, **sizes)
+    RobertaModel(config).save_pretrained(directory)
+    tokenizer, _ = prepare_reading(settings(directory))
+    model, _ = prepare_encoder(settings(directory), tokenizer, 15 - pad)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    for length in (16 - pad, 16):
+        with pytest.raises(ConfigError, match=f"reads {15 - pad} tokens at most, and texts are cut at {length}"):
+            prepare_encoder(settings(directory), tokenizer, length)
 
 
 def test_a_larger_tokenizer_is_refused(tmp_path: Path) -> None:

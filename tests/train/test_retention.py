@@ -9,7 +9,14 @@ from torch.nn import functional
 from ryzen_compile.spec import Pooling
 from ryzen_compile.train.contrastive import ContrastiveObjective
 from ryzen_compile.train.objective import Levers, Objective
-from ryzen_compile.train.retention import AXES_ROWS, make_retention, principal_axes, retrieval_figures
+from ryzen_compile.train.retention import (
+    AXES_ROWS,
+    _cosines,
+    make_retention,
+    principal_axes,
+    retrieval_figures,
+    retrieval_ranks,
+)
 from tests.train.test_contrastive import COLUMNS, rows
 from tests.train.tiny_pairs import encoder
 from tests.train.tiny_trainer import llama, patterned
@@ -22,10 +29,13 @@ def test_ranks_counted_by_hand() -> None:
     )
     same = torch.eye(4, dtype=torch.bool)
     same[3, 2] = same[2, 3] = True
-    recall, rank = retrieval_figures(cosines, same)
-    assert recall == 1.0 and rank == pytest.approx((1 + 1 / 2 + 1 / 3 + 1) / 4)
+    ranks = retrieval_ranks(cosines, same, torch.arange(4))
+    assert ranks.tolist() == [1, 2, 3, 1]
+    assert retrieval_ranks(cosines[2:], same[2:], torch.tensor([2, 3])).tolist() == [3, 1]
+    assert retrieval_figures(ranks) == {"recall@10": 1.0, "mrr": pytest.approx((1 + 1 / 2 + 1 / 3 + 1) / 4)}
     twelve = torch.arange(12.0).repeat(12, 1)  # the last column is nearest to all: ranks 12, 11, ..., 1
-    assert retrieval_figures(twelve, torch.eye(12, dtype=torch.bool))[0] == pytest.approx(10 / 12)
+    ranks = retrieval_ranks(twelve, torch.eye(12, dtype=torch.bool), torch.arange(12))
+    assert retrieval_figures(ranks)["recall@10"] == pytest.approx(10 / 12)
 
 
 def test_axes_find_the_plane_that_vectors_lie_in() -> None:
@@ -40,8 +50,11 @@ def test_axes_find_the_plane_that_vectors_lie_in() -> None:
     torch.testing.assert_close(turned @ turned.t(), vectors @ vectors.t())
 
 
-def test_figures_of_an_encoder() -> None:
-    """Against texts encoded one by one; measuring leaves mode, levers and generator as they were."""
+@pytest.mark.parametrize("queries", [1, 7, 23])
+def test_figures_of_an_encoder(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against texts encoded one by one and all cosines at once, however many queries of the 23 are taken at a time;
+    measuring leaves mode, levers and generator as they were."""
+    monkeypatch.setattr("ryzen_compile.train.retention.CELLS", queries * 23 + 22)
     made = ContrastiveObjective(
         encoder().train(), Levers(torch.bfloat16), Pooling(), COLUMNS, scale=20.0, symmetric=False
     )
@@ -58,9 +71,12 @@ def test_figures_of_an_encoder() -> None:
             for part in (pairs[:, :COLUMNS], pairs[:, COLUMNS:])
         ]
     for dim in (32, 8):
-        queries, positives = (functional.normalize(side[:, :dim], dim=-1) for side in sides)
-        recall, rank = retrieval_figures(queries @ positives.t(), made.same(pairs))
-        assert figures[dim]["recall@10"] == recall and figures[dim]["mrr"] == pytest.approx(rank)
+        cosines, whole = (_cosines(*(side[:, :cut] for side in sides)) for cut in (dim, 32))
+        ranks = retrieval_ranks(cosines, made.same(pairs), torch.arange(23))
+        correlation = torch.corrcoef(torch.stack([cosines.flatten(), whole.flatten()]).double())[0, 1]
+        expected = retrieval_figures(ranks) | {"cosine_correlation": float(correlation)}
+        # Texts in batches are encoded to other last bits of float32.
+        assert figures[dim] == pytest.approx(expected, rel=1e-5)
     assert turned[32]["mrr"] == pytest.approx(figures[32]["mrr"], abs=0.03)  # a near tie may fall the other way
     assert turned[8]["cosine_correlation"] > figures[8]["cosine_correlation"]
 
