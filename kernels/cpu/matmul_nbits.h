@@ -62,8 +62,10 @@ struct RoundedRows {
   int64_t width() const { return blocks * block; }
 };
 
-// The size of the group that begins at `row`, of `rows` in all.
+// The size of the group that begins at `row`, of `rows` in all: a power of two, or the last three, which read each
+// panel once together.
 inline int64_t group_at(int64_t row, int64_t rows) {
+  if (rows - row == 3) return 3;
   int64_t size = GROUP;
   while (row + size > rows) size /= 2;
   return size;

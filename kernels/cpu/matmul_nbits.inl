@@ -91,9 +91,10 @@ static void panels_by_rows(const PackedWeights& w, const RoundedRows& x, int64_t
 #if RYZEN_WIDE  // has the registers
       if (group == 8) rows_by_panel<BITS, 8>(w, x, codes, group, row, panel, e), r = 8;
       if (group == 4) rows_by_panel<BITS, 4>(w, x, codes, group, row, panel, e), r = 4;
+      if (group == 3) rows_by_panel<BITS, 3>(w, x, codes, group, row, panel, e), r = 3;
 #endif
       for (; r + 2 <= group; r += 2) rows_by_panel<BITS, 2>(w, x, codes + r * QUAD, group, row + r, panel, e);
-      if (r < group) rows_by_panel<BITS, 1>(w, x, codes, group, row, panel, e);
+      if (r < group) rows_by_panel<BITS, 1>(w, x, codes + r * QUAD, group, row + r, panel, e);
     }
   }
 }
