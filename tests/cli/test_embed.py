@@ -112,7 +112,7 @@ def test_a_model_directory_is_compiled_for_the_call(run: Any, model: Path, vecto
     status, out, err = run("embed", model, *TEXTS)
     assert status == 0, err
     got = np.array([json.loads(line) for line in out.splitlines()], np.float32)
-    np.testing.assert_array_equal(got, vectors)
+    np.testing.assert_allclose(got, vectors, rtol=0, atol=1e-6)  # two sessions may split float32 sums differently
     assert "capturing the graph" in err
 
 
