@@ -46,10 +46,12 @@ def explain(
         return
     from ryzen_compile.api import read_source, recipe_for, rewrite, task_of
     from ryzen_compile.calibration import read_calibration
-    from ryzen_compile.cli.narrate import narrated
+    from ryzen_compile.cli.narrate import hush_bars, narrated
     from ryzen_compile.config import find_recipe
     from ryzen_compile.pipeline import default_passes, encoder_passes
 
+    if quiet or as_json:
+        hush_bars()
     done = task_of(target, task)  # type: ignore[arg-type]
     if done == "generate" and pooled is not None:
         raise UsageError("--pooling is for encoders, this model generates", hint="or give --task embed")

@@ -76,7 +76,7 @@ def export(
     """Capture MODEL, rewrite it pass by pass under the parity gate, and write an ONNX artifact to OUT."""
     from ryzen_compile.api import export as write
     from ryzen_compile.api import recipe_for, task_of
-    from ryzen_compile.cli.narrate import narrated
+    from ryzen_compile.cli.narrate import hush_bars, narrated
     from ryzen_compile.config import embedding_settings, find_recipe, parse_overrides
     from ryzen_compile.pipeline import default_passes, encoder_passes
     from ryzen_compile.validate.table import human_size
@@ -87,6 +87,8 @@ def export(
         "local_files_only": True if offline else None,
         "trust_remote_code": trust_remote_code,
     }
+    if quiet or as_json:
+        hush_bars()
     done = task_of(model, task, **where)  # type: ignore[arg-type]
     chosen = find_recipe(
         recipe_for(model, task=done, **where) if recipe is None else recipe,

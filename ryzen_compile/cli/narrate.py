@@ -23,11 +23,16 @@ STEPS = {
 }
 
 
+def hush_bars() -> None:
+    """No bars of transformers' own, which asks for it once, when it is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 @contextmanager
 def narrated(total: int, *, quiet: bool = False) -> Iterator[Callable[[str | PassRecord], None] | None]:
     """A callback for ``progress=``; ``total`` is the number of passes. Nothing is drawn when stderr is no terminal."""
     if quiet:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars follow it
+        hush_bars()
         yield None
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

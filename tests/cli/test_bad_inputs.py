@@ -236,7 +236,7 @@ def foreign_tokenizer(directory: Path) -> None:
         (pickle_only, 4, "unsafe", r"holds only pickled weights, .*'pytorch_model\.bin'; convert them to safetensors"),
         (remote_code, 4, "unsafe", "config.json asks to run code of its own: key 'auto_map'; pass trust_remote_code"),
         (broken_config, 3, "model", "config.json is not JSON"),
-        (unknown_architecture, 3, "model", "transformers cannot load the model"),
+        (unknown_architecture, 3, "model", "transformers cannot load the configuration"),
         (foreign_tokenizer, 3, "model", rf"tokenizer knows {TOKENS + 1} tokens, the model's vocabulary has {TOKENS}"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
