@@ -121,6 +121,7 @@ def _ranges(encoder: CompiledEncoder, text: str | os.PathLike[str], progress: Pr
     texts = range_texts(read_text(text, characters=RANGE_SPREAD))
     if len(texts) < RANGE_FEWEST:
         return None
+    texts.append("")  # an empty text lies far from all others
     vectors = encoder.encode(texts, prompt="", dims=encoder.spec.hidden, stats=EncodingStats())
     try:
         found = Int8Range.fit(vectors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Before any library reads them. Offline is not a convenience: a test that would download must fail here as well.
@@ -23,6 +24,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Two, as on the smallest machine the suite is meant for: more would change the order of floating-point sums.
 torch.set_num_threads(2)
+
+
+# Shells start what they put into the background with this signal ignored, and tests of interruptions send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -87,7 +87,7 @@ def test_a_short_context_shortens_the_prompt(tmp_path: Path, artifact: Path) -> 
     short = replace(found, spec=replace(found.spec, context=11))
     timeline = Timeline()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(node_trace.artifact, "read", lambda directory, digests: short)
+        patch.setattr(node_trace.artifact, "read", lambda directory, **_: short)
         node_trace.trace_nodes(timeline, artifact, threads=1)
     names = [e["name"] for e in by_track(checked(timeline.to_json()))[node_trace.TRACK]]
     assert names[:4] == ["load", "warm up", "prompt of 3", "decode"] and names.count("decode") == 16

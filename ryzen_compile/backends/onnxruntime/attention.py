@@ -61,7 +61,7 @@ def _multi_head(
     attributes = {"num_heads": heads, "scale": scale, "mask_filter_value": HIDDEN}
     out = e.op("MultiHeadAttention", *inputs, domain=CONTRIB, **attributes)
     if q.shape is not None:
-        out.shape = ir.Shape([q.shape[0], q.shape[2], heads * _dim(v, 3)])
+        out.shape, out.type = ir.Shape([q.shape[0], q.shape[2], heads * _dim(v, 3)]), q.type
     return e.op("Reshape", out, e.ints(0, 0, heads, -1))
 
 
